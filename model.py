@@ -2,115 +2,158 @@
 
 One bidirectional transformer serves both published families of masked diffusion language models:
 
-  LLaDA (LLaDA-8B-Base, LLaDA-8B-Instruct, LLaDA-1.5; arXiv 2502.09992)
-  Dream (Dream-v0-Instruct-7B; arXiv 2508.15487): Qwen2.5's layout, whose logits at position i are
-  for the token at i + 1. The shift is undone here, so that `hidden` is aligned for both.
+  LLaDA  LLaDA-8B-Base, LLaDA-8B-Instruct, LLaDA-1.5 (arXiv 2502.09992)
+  Dream  Dream-v0-Instruct-7B (arXiv 2508.15487): Qwen2.5's layout; its logits at position i are for
+         the token at i + 1. `hidden` undoes that shift, so both families are aligned here.
 
-It is written by hand so that nothing runs from a hub, every shape is static (torch.compile sees
-one graph) and a row's result does not depend on its batch-mates. No dropout, no cache.
-Files keep the published layout: config.json and tensor names as their authors wrote them.
+Written by hand so that no code comes from a hub, every shape is static (torch.compile sees one
+graph) and a row's result does not depend on its batch-mates. No dropout, no cache.
+Files keep the published layout: config.json and the tensor names of the authors, and PEFT's format
+for adapters, so that what was trained here loads elsewhere and the other way round.
 
-N rows, L positions, D width, R positions asked for, V vocabulary (rows of the head).
+Shapes: N rows, L positions, D width, H heads, E width of a head, R positions asked for, V rows of
+the head. Bad files raise one line: FileNotFoundError for what is absent, ValueError for the rest.
 """
 
+import importlib.util
 import json
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+Quantize = Literal["none", "nf4", "int8"]
 
 # ---- config.json ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Config:
-    """What the network needs to know of a config.json; `raw` is the file, written back by `save`."""
+    """What the network needs of a published config.json; `raw` is the file, for `save`."""
 
-    family: str  # "llada" or "dream": which published names and which alignment
+    family: str  # "llada" or "dream": which published names, which alignment
     vocab_size: int  # rows of the embedding and of the head
-    d_model: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    d_ff: int
-    rope_theta: float
-    norm_eps: float
-    tied: bool  # the head is the embedding
-    scale_logits: bool  # divide logits by sqrt(d_model)
-    bias_qkv: bool
-    bias: bool  # of every other linear map
-    bias_norm: bool
+    n_tokens: int  # of these, ids that stand for a token; the rest only rounds the matrices up
     mask_id: int
     eos_id: int
     pad_id: int
+    d_model: int
+    d_mlp: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    rope_theta: float
+    norm_eps: float
+    tied: bool  # the head is the embedding
+    scale_logits: bool  # divide the logits by sqrt(d_model)
+    bias: bool  # linear maps have biases,
+    bias_qkv: bool  # these three anyway,
+    bias_norm: bool  # and norms
     raw: dict = field(repr=False, compare=False)
 
 
+# fields that select an architecture: the one value this network is written for
+FIXED = {
+    "activation_type": "silu",
+    "alibi": False,
+    "attention_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "hidden_act": "silu",
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "rope": True,
+    "rope_scaling": None,
+    "use_sliding_window": False,
+}
+
+
 def parse_config(raw: dict, source: str = "config") -> Config:
-    """Read a published config.json. ValueError names the field this network does not know."""
-    model_type = str(raw.get("model_type")).lower()
-    if model_type == "llada":
-        d_model, n_heads = raw["d_model"], raw["n_heads"]
-        n_kv_heads = raw.get("n_kv_heads") or (1 if raw.get("multi_query_attention") else n_heads)
-        bias = raw.get("include_bias", False)
-        norm_bias = raw.get("bias_for_layer_norm")
-        config = dict(
-            family="llada",
-            vocab_size=raw.get("embedding_size") or raw["vocab_size"],
-            n_layers=raw["n_layers"],
-            d_ff=raw.get("mlp_hidden_size") or raw.get("mlp_ratio", 4) * d_model,
-            rope_theta=raw.get("rope_theta", 500000.0),
-            norm_eps=raw.get("rms_norm_eps", 1e-5),
-            tied=raw.get("weight_tying", False),
-            scale_logits=raw.get("scale_logits", False),
-            bias_qkv=bias or raw.get("include_qkv_bias", False),
-            bias=bias,
-            bias_norm=bias if norm_bias is None else norm_bias,
-            mask_id=raw.get("mask_token_id", 126336),
+    """Read a published config. ValueError names the field that is missing or not served here."""
+    families = {"llada": _llada, "dream": _dream}
+    family = str(raw.get("model_type")).lower()
+    if family not in families:
+        raise ValueError(f"{source}: model_type {raw.get('model_type')!r} is neither llada nor Dream")
+    for key, value in FIXED.items():
+        if raw.get(key) not in (None, value):
+            raise ValueError(f"{source}: {key} {raw[key]!r} is not served, only {value!r}")
+    try:
+        eos_id, pad_id = raw["eos_token_id"], raw.get("pad_token_id")
+        pad_id = eos_id if pad_id is None else pad_id
+        c = Config(**families[family](raw), family=family, eos_id=eos_id, pad_id=pad_id, raw=raw)
+    except KeyError as missing:
+        raise ValueError(f"{source}: {missing} is missing") from None
+    if c.d_model % (2 * c.n_heads) or c.n_heads % c.n_kv_heads:
+        raise ValueError(
+            f"{source}: width {c.d_model}, {c.n_heads} heads, {c.n_kv_heads} key/value heads: each"
+            " must be a multiple of the next, and a head's width even"
         )
-    elif model_type == "dream":
-        d_model, n_heads = raw["hidden_size"], raw["num_attention_heads"]
-        n_kv_heads = raw.get("num_key_value_heads") or n_heads
-        config = dict(
-            family="dream",
-            vocab_size=raw["vocab_size"],
-            n_layers=raw["num_hidden_layers"],
-            d_ff=raw["intermediate_size"],
-            rope_theta=raw.get("rope_theta", 1000000.0),
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
-            tied=raw.get("tie_word_embeddings", False),
-            scale_logits=False,
-            bias_qkv=True,
-            bias=False,
-            bias_norm=False,
-            mask_id=raw.get("mask_token_id", 151666),
-        )
-    else:
-        raise ValueError(f"{source}: model_type {raw.get('model_type')!r} is not llada or Dream")
-    eos_id = raw["eos_token_id"]
-    pad_id = raw.get("pad_token_id")
-    return Config(
-        **config,
-        d_model=d_model,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        eos_id=eos_id,
-        pad_id=eos_id if pad_id is None else pad_id,
-        raw=raw,
+    for name, token in (("mask", c.mask_id), ("eos", eos_id), ("pad", pad_id)):
+        if not 0 <= token < c.vocab_size:
+            raise ValueError(f"{source}: {name}_token_id {token} is not below {c.vocab_size}")
+    return c
+
+
+def _llada(raw: dict) -> dict:
+    # the published rule: the older field, where it is set, means 1 or all
+    many, n_kv_heads = raw.get("multi_query_attention"), raw.get("n_kv_heads")
+    if many is not None:
+        n_kv_heads = 1 if many else raw["n_heads"]
+    bias, bias_norm = raw.get("include_bias", False), raw.get("bias_for_layer_norm")
+    return dict(
+        vocab_size=raw.get("embedding_size") or raw["vocab_size"],
+        n_tokens=raw["vocab_size"],
+        mask_id=raw.get("mask_token_id", 126336),
+        d_model=raw["d_model"],
+        d_mlp=raw.get("mlp_hidden_size") or raw["mlp_ratio"] * raw["d_model"],
+        n_layers=raw["n_layers"],
+        n_heads=raw["n_heads"],
+        n_kv_heads=n_kv_heads or raw["n_heads"],
+        rope_theta=raw["rope_theta"],
+        norm_eps=raw.get("rms_norm_eps", 1e-5),
+        tied=raw.get("weight_tying", False),
+        scale_logits=raw.get("scale_logits", False),
+        bias=bias,
+        bias_qkv=bias or raw.get("include_qkv_bias", False),
+        bias_norm=bias if bias_norm is None else bias_norm,
+    )
+
+
+def _dream(raw: dict) -> dict:
+    return dict(
+        vocab_size=raw["vocab_size"],
+        n_tokens=raw["vocab_size"],
+        mask_id=raw.get("mask_token_id", 151666),
+        d_model=raw["hidden_size"],
+        d_mlp=raw["intermediate_size"],
+        n_layers=raw["num_hidden_layers"],
+        n_heads=raw["num_attention_heads"],
+        n_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+        rope_theta=raw["rope_theta"],
+        norm_eps=raw.get("rms_norm_eps", 1e-6),
+        tied=raw.get("tie_word_embeddings", False),
+        scale_logits=False,
+        bias=False,
+        bias_qkv=True,
+        bias_norm=False,
     )
 
 
 def read_json(file: Path) -> dict:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
 
 
@@ -121,51 +164,56 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float, bias: bool):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(width))
-        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        # float32 inside, rounded before the weight: the order the published code uses
+        # float32 inside, rounded before the weight: the published order, which matters in bf16
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         scaled = self.weight * wide.to(x.dtype)
         return scaled if self.bias is None else scaled + self.bias
 
 
-def rotate(x_NHLE: Tensor, cos_N1LE: Tensor, sin_N1LE: Tensor) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864) in float32, halves paired as in GPT-NeoX."""
+def rotary(place_NL: Tensor, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [N, 1, L, E] of each position's angles (arXiv 2104.09864), in float32:
+    bf16 cannot tell position 256 from 257."""
+    pair = torch.arange(0, d_head, 2, device=place_NL.device, dtype=torch.float32)
+    angle = place_NL[:, None, :, None].float() * (1.0 / theta ** (pair / d_head))
+    angle = torch.cat((angle, angle), dim=-1)  # a pair is (e, e + E/2), not (2e, 2e + 1)
+    return angle.cos(), angle.sin()
+
+
+def turn(x_NHLE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = x_NHLE.float()
     left, right = wide.chunk(2, dim=-1)
-    turned = torch.cat((-right, left), dim=-1)
-    return (wide * cos_N1LE + turned * sin_N1LE).to(x_NHLE.dtype)
+    return (wide * cos + torch.cat((-right, left), dim=-1) * sin).to(x_NHLE.dtype)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and gated MLP; every position sees every other real one."""
+    """Pre-norm attention and gated MLP; every position sees every real one, before and after."""
 
     def __init__(self, c: Config):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.d_head = c.n_heads, c.n_kv_heads, c.d_model // c.n_heads
-        d_kv = self.n_kv_heads * self.d_head
+        self.d_head = c.d_model // c.n_heads
+        self.group = c.n_heads // c.n_kv_heads  # query heads that share a key/value head
+        d_kv = self.d_head * c.n_kv_heads
         self.attn_norm = RMSNorm(c.d_model, c.norm_eps, c.bias_norm)
         self.q = nn.Linear(c.d_model, c.d_model, bias=c.bias_qkv)
         self.k = nn.Linear(c.d_model, d_kv, bias=c.bias_qkv)
         self.v = nn.Linear(c.d_model, d_kv, bias=c.bias_qkv)
         self.out = nn.Linear(c.d_model, c.d_model, bias=c.bias)
         self.mlp_norm = RMSNorm(c.d_model, c.norm_eps, c.bias_norm)
-        self.gate = nn.Linear(c.d_model, c.d_ff, bias=c.bias)
-        self.up = nn.Linear(c.d_model, c.d_ff, bias=c.bias)
-        self.down = nn.Linear(c.d_ff, c.d_model, bias=c.bias)
+        self.gate = nn.Linear(c.d_model, c.d_mlp, bias=c.bias)
+        self.up = nn.Linear(c.d_model, c.d_mlp, bias=c.bias)
+        self.down = nn.Linear(c.d_mlp, c.d_model, bias=c.bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None) -> Tensor:
         h = self.attn_norm(x)
-        q = self.q(h).unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)
-        k = self.k(h).unflatten(-1, (self.n_kv_heads, self.d_head)).transpose(1, 2)
-        v = self.v(h).unflatten(-1, (self.n_kv_heads, self.d_head)).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if self.n_kv_heads < self.n_heads:
-            # copied out because fused attention with a mask takes no grouped heads on every device
-            k, v = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (k, v))
+        q, k, v = (m(h).unflatten(-1, (-1, self.d_head)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        q, k = turn(q, cos, sin), turn(k, cos, sin)
+        if self.group > 1:  # copied out: with a mask, fused attention takes no groups everywhere
+            k, v = k.repeat_interleave(self.group, dim=1), v.repeat_interleave(self.group, dim=1)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         h = self.mlp_norm(x)
@@ -176,6 +224,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.origin: tuple[str, str | None] | None = None  # folder or hub id, and revision
         self.checkpointing = False  # recompute each block in backward: less memory, same values
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -187,36 +236,28 @@ class Transformer(nn.Module):
     def hidden(self, ids_NL: Tensor, real_NL: Tensor | None = None) -> Tensor:
         """Hidden states [N, L, D], aligned: h[:, i] predicts the token at position i.
 
-        `real_NL` is False at padding (on the left, by custom): never attended to, not counted.
+        `real_NL` is False at padding, which is never attended to; positions count real tokens, so
+        a padded row equals the same row alone. What stands at padding itself means nothing.
         """
         c = self.config
         if real_NL is None:
-            seen, place_NL = None, torch.arange(ids_NL.shape[1], device=ids_NL.device)[None]
+            place_NL, seen = torch.arange(ids_NL.shape[1], device=ids_NL.device)[None], None
         else:
-            seen, place_NL = real_NL[:, None, None, :], real_NL.cumsum(1) - 1
-        d_head = c.d_model // c.n_heads
-        half = torch.arange(0, d_head, 2, device=ids_NL.device, dtype=torch.float32)
-        angle = place_NL[:, None, :, None].float() / c.rope_theta ** (half / d_head)
-        angle = torch.cat((angle, angle), dim=-1)  # float32: bf16 cannot tell position 256 from 257
-        cos, sin = angle.cos(), angle.sin()
-
+            place_NL, seen = real_NL.cumsum(1) - 1, real_NL[:, None, None, :]
+        cos, sin = rotary(place_NL, c.d_model // c.n_heads, c.rope_theta)
         x = self.embed(ids_NL)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(
-                    block, x, cos, sin, seen, use_reentrant=False, preserve_rng_state=False
-                )
+                x = checkpoint(block, x, cos, sin, seen, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, cos, sin, seen)
         x = self.norm(x)
-        if c.family == "dream":
-            # Dream says at i - 1 what stands at i; the first real position has only itself to ask
-            before = x.roll(1, dims=1)
-            x = torch.where((place_NL > 0)[..., None], before, x)
+        if c.family == "dream":  # says at i - 1 what stands at i; the first has only itself to ask
+            x = torch.where(place_NL[..., None] > 0, x.roll(1, dims=1), x)
         return x
 
     def head(self, h: Tensor) -> Tensor:
-        """Float32 logits [..., V] of hidden states [..., D]."""
+        """Float32 logits [..., V] of hidden states [..., D], whatever the weights' dtype."""
         logits = F.linear(h, self.embed.weight) if self.unembed is None else self.unembed(h)
         logits = logits.float()
         return logits / math.sqrt(self.config.d_model) if self.config.scale_logits else logits
@@ -224,7 +265,7 @@ class Transformer(nn.Module):
     def forward(
         self, ids_NL: Tensor, real_NL: Tensor | None = None, at_NR: Tensor | None = None
     ) -> Tensor:
-        """Float32 logits [N, L, V], or [N, R, V] of the positions `at_NR` alone (cheaper)."""
+        """Float32 logits [N, L, V], or [N, R, V] at the positions `at_NR` only (cheaper)."""
         h = self.hidden(ids_NL, real_NL)
         if at_NR is not None:
             h = h.gather(1, at_NR[..., None].expand(-1, -1, h.shape[-1]))
@@ -232,30 +273,37 @@ class Transformer(nn.Module):
 
 
 def from_config(
-    config: dict | str | Path, device: str | torch.device = "cpu", dtype=torch.float32
+    config: dict | str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantize = "none",
 ) -> Transformer:
-    """A randomly initialised network of a published config (dict, config.json or its folder)."""
-    if not isinstance(config, dict):
-        file = Path(config)
-        file = file / "config.json" if file.is_dir() else file
-        parsed = parse_config(read_json(file), str(file))
-    else:
+    """A random network of a published config (a dict, a config.json or its folder).
+
+    On the "meta" device it has names and shapes and takes no memory: use it to count.
+    """
+    if isinstance(config, dict):
         parsed = parse_config(config)
+    else:
+        file = Path(config) / "config.json" if Path(config).is_dir() else Path(config)
+        parsed = parse_config(read_json(file), str(file))
+    check_quantize(quantize, device)
     net = skeleton(parsed, dtype).to_empty(device=device)
-    if torch.device(device).type != "meta":
-        init(net)
+    initialise(net)
+    for block in net.blocks if quantize != "none" else ():
+        for name, linear in linears(block):
+            setattr(block, name, quantized(linear, linear.weight.data.cpu(), quantize, device))
     return net
 
 
 def skeleton(config: Config, dtype: torch.dtype) -> Transformer:
-    """The network on the meta device: shapes and names, no memory."""
     with torch.device("meta"):
         return Transformer(config).to(dtype)
 
 
 @torch.no_grad()
-def init(net: Transformer) -> None:
-    """GPT-2's: normal(0.02), less for what adds to the residual stream so that its size stays."""
+def initialise(net: Transformer) -> None:
+    """GPT-2's: normal(0.02), less for the maps that add to the residual stream, 2 a block."""
     for name, p in net.named_parameters():
         if name.endswith("bias"):
             p.zero_()
@@ -267,9 +315,14 @@ def init(net: Transformer) -> None:
             p.normal_(0.0, 0.02)
 
 
-# ---- weights in and out --------------------------------------------------------------------------
+def linears(block: Block) -> list[tuple[str, nn.Module]]:
+    """The seven linear maps of a block: what LoRA adapts and quantisation shrinks."""
+    return [(name, getattr(block, name)) for name in ("q", "k", "v", "out", "gate", "up", "down")]
 
-# our word for each part of a tensor's name -> the published one
+
+# ---- names and files -----------------------------------------------------------------------------
+
+# our word for a part of a tensor's name -> the published one; other parts are the same
 NAMES = {
     "llada": {
         "embed": "model.transformer.wte",
@@ -304,34 +357,334 @@ NAMES = {
 
 
 def published(name: str, family: str) -> str:
-    """The published name of one of our tensors: blocks.0.q.weight -> ...blocks.0.q_proj.weight."""
+    """blocks.0.q.weight -> model.transformer.blocks.0.q_proj.weight, and the like."""
     return ".".join(NAMES[family].get(part, part) for part in name.split("."))
+
+
+def find_folder(path: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model: a folder, "tiny" (the embedded one), or a hub id, which is fetched."""
+    if Path(path).is_dir():
+        return Path(path)
+    if str(path) == "tiny":
+        return Path(__file__).parent / "tiny"
+    reason = "no such folder"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+        from huggingface_hub import snapshot_download
+
+        kinds = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+        try:
+            return Path(snapshot_download(str(path), revision=revision, allow_patterns=kinds))
+        except (OSError, ValueError) as error:  # offline, unknown id or revision, gated, disk full
+            at = f" at revision {revision}" if revision else ""
+            reason = f"no such folder, and not to be had from the hub{at} ({type(error).__name__})"
+    raise FileNotFoundError(
+        f"--model {path}: {reason}; put config.json, the *.safetensors and the tokenizer files of"
+        " the model into a folder and pass --model FOLDER"
+    )
+
+
+@contextmanager
+def opened(file: Path) -> Iterator:
+    """A safetensors file, read lazily; a damaged one is a ValueError that names it."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: download it into {file.parent}")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut short ({error}): download it again") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} has no model.safetensors and no {index.name}")
+    weight_map = read_json(index).get("weight_map")
+    if not weight_map:
+        raise ValueError(f"{index} has no weight_map")
+    return [folder / name for name in sorted(set(weight_map.values()))]
+
+
+def check_tensors(files: list[Path], shapes: dict[str, torch.Size]) -> None:
+    """ValueError unless the files hold exactly these tensors in these shapes (headers only)."""
+    missing = dict(shapes)
+    for file in files:
+        with opened(file) as tensors:
+            for name in tensors.keys():
+                if name not in shapes:
+                    raise ValueError(f"{file}: tensor {name} does not belong to this architecture")
+                shape = tuple(tensors.get_slice(name).get_shape())
+                if shape != tuple(shapes[name]):
+                    raise ValueError(
+                        f"{file}: {name} has shape {shape}, config.json says {tuple(shapes[name])}"
+                    )
+                missing.pop(name, None)
+    if missing:
+        place = files[0] if len(files) == 1 else files[0].parent
+        raise ValueError(f"{place}: {len(missing)} tensors are missing, first {min(missing)}")
 
 
 def load(
     path: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    quantize: str = "none",
+    quantize: Quantize = "none",
     revision: str | None = None,
+    adapter: bool = True,
 ) -> Transformer:
-    folder = Path(path)
-    config = parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    """The network of a folder or hub id, with the adapter if the folder is an adapter's.
+
+    Read tensor by tensor straight to device and dtype: on the way no more than one file is mapped
+    and one tensor copied. `quantize` makes bitsandbytes linears of the blocks' maps as they come.
+    `adapter=False` stops at the base model of an adapter's folder.
+    """
+    folder = find_folder(path, revision)
+    if (folder / "adapter_config.json").is_file():
+        lora = read_json(folder / "adapter_config.json")
+        base = lora.get("base_model_name_or_path")
+        if not base:
+            raise ValueError(f"{folder}/adapter_config.json: base_model_name_or_path is missing")
+        net = load(base, device, dtype, quantize, lora.get("revision"))
+        if adapter:
+            load_lora(net, folder)
+        return net
+
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{config_file} is missing: {folder} is not a model's folder")
+    check_quantize(quantize, device)
+    config = parse_config(read_json(config_file), str(config_file))
     net = skeleton(config, dtype)
-    state = {}
-    with safe_open(folder / "model.safetensors", framework="pt") as weights:
-        for name in net.state_dict():
-            tensor = weights.get_tensor(published(name, config.family))
-            state[name] = tensor.to(device=device, dtype=dtype, copy=True)
-    net.load_state_dict(state, assign=True)
+    ours = {published(name, config.family): name for name, _ in net.named_parameters()}
+    files = weight_files(folder)
+    check_tensors(files, {name: net.get_parameter(ours[name]).shape for name in ours})
+    for file in files:
+        with opened(file) as tensors:
+            for name in tensors.keys():
+                parent, _, leaf = ours[name].rpartition(".")
+                owner, tensor = net.get_submodule(parent), tensors.get_tensor(name)
+                if quantize != "none" and isinstance(owner, nn.Linear) and leaf == "weight" and parent != "unembed":
+                    net.set_submodule(parent, quantized(owner, tensor, quantize, device))
+                else:  # copied: on the CPU, what was read is a view of the mapped file
+                    tensor = tensor.to(device, dtype, copy=True)
+                    setattr(owner, leaf, nn.Parameter(tensor))
+    net.origin = (str(folder.resolve() if folder == Path(path) else path), revision)
     return net
 
 
 def save(net: Transformer, folder: str | Path) -> None:
-    """Write model.safetensors and config.json in the published layout."""
+    """Write config.json and model.safetensors, or the adapter alone in PEFT's format if there is one.
+
+    Not atomic: write into a temporary folder and rename it. ValueError if weights are quantised.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    family = net.config.family
-    state = {published(name, family): t.contiguous() for name, t in net.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(net.config.raw, indent=2) + "\n")
+    if adapters(net):
+        save_lora(net, folder)
+        return
+    weights = {}
+    for name, p in net.named_parameters():
+        if not p.is_floating_point():
+            raise ValueError(f"{folder}: {name} is quantised; only an adapter on it can be saved")
+        weights[published(name, net.config.family)] = p.detach().contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# ---- quantised linears ---------------------------------------------------------------------------
+
+
+def check_quantize(kind: Quantize, device: str | torch.device) -> None:
+    """ValueError, before anything is read, where bitsandbytes cannot serve."""
+    if kind == "none":
+        return
+    if kind not in ("nf4", "int8"):
+        raise ValueError(f"--quantize {kind}: none, nf4 or int8")
+    if torch.device(device).type not in ("cpu", "cuda", "xpu"):
+        raise ValueError(f"--quantize {kind}: no kernels for device {device}; use cuda, xpu or cpu")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"--quantize {kind}: needs bitsandbytes (pip install bitsandbytes)")
+
+
+def quantized(
+    linear: nn.Linear, weight: Tensor, kind: Quantize, device: str | torch.device
+) -> nn.Linear:
+    """bitsandbytes' frozen linear of this weight (on the CPU), quantised on `device`.
+
+    nf4: 4-bit blocks of 64 whose scales are quantised too, computed in bf16 (arXiv 2305.14314).
+    int8: rows and tokens scaled, activations above 6 in 16 bits (arXiv 2208.07339).
+    """
+    import bitsandbytes as bnb
+
+    sizes = dict(bias=False, device="meta")
+    if kind == "nf4":
+        made = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            compute_dtype=torch.bfloat16,
+            quant_type="nf4",
+            **sizes,
+        )
+        data = weight.to(torch.bfloat16)
+        made.weight = bnb.nn.Params4bit(data, quant_type="nf4", module=made).to(device)
+        made.support_avx512bf16_for_cpu = False  # no other kernel for eval: rollout = update
+    else:
+        made = bnb.nn.Linear8bitLt(
+            linear.in_features, linear.out_features, has_fp16_weights=False, threshold=6.0, **sizes
+        )
+        made.weight = bnb.nn.Int8Params(weight, requires_grad=False).to(device)
+    made.bias = linear.bias
+    return made
+
+
+def dense(linear: nn.Linear) -> Tensor:
+    """The weight of a linear in float32, quantised or not."""
+    weight = linear.weight
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state).float()
+    if hasattr(weight, "SCB"):  # bitsandbytes moves the scales into `state` at the first forward
+        scale = linear.state.SCB if weight.SCB is None else weight.SCB
+        return weight.data.float() * scale[:, None].float() / 127
+    return weight.data.float()
+
+
+# ---- LoRA ----------------------------------------------------------------------------------------
+
+
+class LoRA(nn.Module):
+    """base(x) + alpha / r * B A x, with B = 0 at first (arXiv 2106.09685). A and B are float32,
+    the arithmetic is in the dtype of x."""
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float):
+        super().__init__()
+        self.base, self.r, self.alpha, self.on = base, r, alpha, True
+        like = dict(device=base.weight.device, dtype=torch.float32)
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **like))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if not self.on:
+            return y
+        low = F.linear(x, self.lora_A.to(x.dtype)) * (self.alpha / self.r)
+        return y + F.linear(low, self.lora_B.to(x.dtype))
+
+
+def adapters(net: Transformer) -> dict[str, LoRA]:
+    return {name: m for name, m in net.named_modules() if isinstance(m, LoRA)}
+
+
+def add_lora(net: Transformer, r: int, alpha: float) -> None:
+    """Adapt all seven maps of every block (never the head), in place; the rest is frozen."""
+    if adapters(net):
+        raise ValueError("the model already has an adapter: merge it, or train that one")
+    net.requires_grad_(False)
+    for block in net.blocks:
+        for name, linear in linears(block):
+            setattr(block, name, LoRA(linear, r, alpha))
+
+
+@contextmanager
+def as_reference(net: Transformer) -> Iterator[None]:
+    """Inside, the network is its base: adapters are skipped, not multiplied by zero.
+
+    A plain attribute, on which torch.compile guards: it keeps one graph with and one without, and
+    switching between them compiles nothing. (A 0-d tensor in one graph would still pay for the
+    adapters, and changing it between forward and backward is an error of autograd.)
+    """
+    loras = adapters(net).values()
+    if not loras:
+        raise ValueError("the model has no adapter to switch off: keep a frozen copy instead")
+    try:
+        for lora in loras:
+            lora.on = False
+        yield
+    finally:
+        for lora in loras:
+            lora.on = True
+
+
+@torch.no_grad()
+def merge_lora(net: Transformer) -> None:
+    """Fold the adapter into full weights in the network's dtype, in place.
+
+    What a quantised base becomes is the rounded weight it was trained on, plus the adapter.
+    """
+    for name, lora in adapters(net).items():
+        weight = dense(lora.base) + (lora.alpha / lora.r) * lora.lora_B @ lora.lora_A
+        with torch.device("meta"):
+            merged = nn.Linear(lora.base.in_features, lora.base.out_features, bias=False)
+        merged.weight = nn.Parameter(weight.to(net.embed.weight.dtype))
+        merged.bias = lora.base.bias
+        net.set_submodule(name, merged)
+
+
+PREFIX = "base_model.model."  # PEFT's, before the published path of the module it adapts
+
+
+def save_lora(net: Transformer, folder: Path) -> None:
+    """adapter_model.safetensors and adapter_config.json, as PEFT reads them."""
+    family, loras, tensors = net.config.family, adapters(net), {}
+    for name, lora in loras.items():
+        tensors[f"{PREFIX}{published(name, family)}.lora_A.weight"] = lora.lora_A.detach()
+        tensors[f"{PREFIX}{published(name, family)}.lora_B.weight"] = lora.lora_B.detach()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    source, revision = net.origin or (None, None)
+    one = next(iter(loras.values()))
+    config = dict(
+        peft_type="LORA",
+        task_type=None,  # any module tree: a task would make PEFT ask the model for `generate`
+        base_model_name_or_path=source,
+        revision=revision,
+        r=one.r,
+        lora_alpha=one.alpha,
+        lora_dropout=0.0,
+        bias="none",
+        fan_in_fan_out=False,
+        inference_mode=True,
+        target_modules=sorted({published(name, family).split(".")[-1] for name in loras}),
+        # PEFT matches by ending, and LLaDA's head ends like a block's last map
+        exclude_modules=None if "unembed" in loras else [published("unembed", family)],
+    )
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_lora(net: Transformer, folder: str | Path) -> None:
+    """Attach the PEFT adapter of a folder, whichever linear maps it adapts, and freeze the rest."""
+    if adapters(net):
+        raise ValueError(f"{folder}: the model already has an adapter")
+    config_file, file = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
+    config = read_json(config_file)
+    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        if config.get(key):
+            raise ValueError(f"{config_file}: {key} {config[key]!r} is not served")
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if not r or not alpha:
+        raise ValueError(f"{config_file}: r or lora_alpha is missing")
+    net.requires_grad_(False)
+    family, device = net.config.family, net.embed.weight.device
+    maps = {published(n, family): n for n, m in net.named_modules() if isinstance(m, nn.Linear)}
+    with opened(file) as tensors:
+        names = set(tensors.keys())
+        for name in sorted(names):
+            place, _, kind = name.removeprefix(PREFIX).rpartition(".lora_")
+            if place not in maps or kind not in ("A.weight", "B.weight"):
+                raise ValueError(f"{file}: {name} is not an adapter of a linear map of this model")
+        for place, ours in maps.items():
+            pair = [f"{PREFIX}{place}.lora_{kind}.weight" for kind in "AB"]
+            if not names & set(pair):
+                continue
+            lora = LoRA(net.get_submodule(ours), r, alpha)
+            for name, p in zip(pair, (lora.lora_A, lora.lora_B)):
+                if name not in names:
+                    raise ValueError(f"{file}: {name} is missing")
+                tensor = tensors.get_tensor(name)
+                if tensor.shape != p.shape:
+                    raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, not {tuple(p.shape)}")
+                p.data.copy_(tensor)
+            net.set_submodule(ours, lora)
