@@ -1,0 +1,1401 @@
+"""Reinforcement learning of masked diffusion language models: EGSPO and EGSPO-SA (arXiv 2603.12554).
+
+The decision process. A completion of C tokens starts as C masks. At each of T denoising steps the
+policy draws a token for every hidden position of the current block and reveals R = C / T of them;
+blocks are decoded from left to right; a revealed token is never masked again. So (token, when) is the
+whole trajectory: the state before step t is "tokens with when < t, masks elsewhere" and the move at t
+is "positions with when == t". Time here is generation order: t = 0 sees only masks (the diffusion
+literature counts the other way). The reward comes at the end.
+
+The gradient. grad J = sum_t E[A_t grad log pi(a_t | s_t)], A_t = r - V(s_t): exact for any baseline
+V that looks only at the state, and no likelihood of a sequence is needed.
+
+  act      rollout              x_i ~ softmax(logits_i / temperature), the R surest are revealed
+  choose   select_steps         the K steps of highest entropy H_t carry most of the gradient
+  credit   stepwise_advantages  G_t = (r + lam (r - r_hat_t)) / (1 + lam), minus the group's mean
+  learn    clipped_loss         -min(ratio A, clip(ratio) A) + beta k3, summed over moves, over R
+  tell     EventLog             events.jsonl, which `python tui.py` shows
+
+r_hat_t is the reward of the greedy one-step completion of s_t. lam = 0 is EGSPO, lam > 0 EGSPO-SA.
+
+Where this file departs from the paper or from its released code, and why:
+
+ 1. A move is scored at the sampling temperature, and everything after the logits is at least float32.
+ 2. `--likelihood exact` is the probability of the whole move, the choice of positions included;
+    the product of token probabilities (`tokens`, the paper's) is exact only for random order.
+ 3. The greedy completion is read off the same forward pass that gives the old log-probability of a
+    selected move: K wide heads a trajectory rather than T, and no forward pass of its own.
+ 4. The final and the one-step reward are the same function: no format bonus leaks into r - r_hat.
+ 5. The advantage is not divided by the group's standard deviation. A slot's baseline (the group's
+    mean at its k-th selected step) mixes different times: less variance, still no bias from reward.
+ 6. The old log-probability comes from the same function, shapes and mode as the new one: the first
+    ratio is 1. There is no dropout anywhere.
+ 7. Padding is never attended to and positions count from the first real token, everywhere.
+ 8. A row that holds the end token in a finished block is done: nothing after it is decoded, selected
+    or scored, in training and evaluation alike.
+ 9. Randomness is a function of (seed, step, row): it depends on neither ranks nor batches, and a
+    resumed run continues exactly.
+
+Names end in their dimensions: B prompts of this rank, G samples a prompt, N = B*G rows (prompt-major),
+T denoising steps, K selected ones, S = N*K moves, R tokens a step, J positions of a block,
+P prompt, C completion, L = P + C, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterator, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import data
+import model
+
+HERE = Path(__file__).resolve().parent
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """Train a masked diffusion language model by reinforcement learning (EGSPO, EGSPO-SA)."""
+
+    task: str = "sudoku"  # what to learn: sudoku countdown toycode gsm8k math humaneval mbpp
+    model: str = "GSAI-ML/LLaDA-8B-Instruct"  # a folder, a hub id, or tiny (embedded)
+    out: str = ""  # run folder (default: runs/<task>-<model>-<time>)
+    steps: int = 1000  # optimizer's outer steps: one rollout each
+    seed: int = 0
+    resume: bool = False  # continue the run in --out
+    eval_only: bool = False  # evaluate --model on the test split and stop
+    eval_every: int = 50  # steps between evaluations on the validation split
+    save_every: int = 50  # steps between checkpoints
+
+    method: Literal["egspo", "diffu_grpo"] = "egspo"  # diffu_grpo: the one-step baseline of d1
+    select: Literal["entropy", "uniform", "random", "all"] = "entropy"  # which K steps learn
+    likelihood: Literal["tokens", "exact"] = "tokens"  # exact: count the choice of positions too
+    order: Literal["low_confidence", "random"] = "low_confidence"  # which positions are revealed
+    lam: float = 0.5  # weight of the stepwise advantage; 0 is EGSPO
+    K: int = 8  # selected denoising steps of a trajectory
+    G: int = 8  # samples a prompt
+    B: int = 6  # prompts a rollout on each rank
+    C: int = 256  # tokens of a completion
+    T: int = 128  # denoising steps
+    block: int = 32  # tokens of a block
+    P: int = 0  # longest prompt in tokens; 0: the longest of the data
+    temperature: float = 0.9  # of sampling, and so of scoring
+    eps_low: float = 0.2  # clip: the ratio's lower bound is 1 - eps_low
+    eps_high: float = 0.5  # clip: the ratio's upper bound is 1 + eps_high
+    beta: float = 0.04  # weight of the KL to the reference
+
+    lr: float = 3e-5  # learning rate after the warm-up, constant
+    warmup: int = 10  # steps of linear warm-up
+    mu: int = 1  # optimizer updates a rollout
+    weight_decay: float = 0.1
+    max_grad_norm: float = 0.2
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    micro: int = 8  # rows a backward; changes memory and speed, not the result
+    lora_r: int = 128  # rank of the adapters; 0 trains all weights
+    lora_alpha: float = 64.0
+    quantize: Literal["none", "nf4", "int8"] = "none"  # of the frozen base, with --lora-r
+    precision: Literal["auto", "bf16", "float32"] = "auto"  # auto: bf16 where the hardware has it
+    compile: bool = True  # torch.compile the transformer's blocks
+
+    data_dir: str = ""  # look here for data sets before the hub
+    log_live: float = 4.0  # live denoising events a second; 0 turns them off
+
+    def __post_init__(self):
+        """Fail at the door: every value is checked here, once, and named in the message."""
+
+        def check(holds: bool, flag: str, want: str):
+            if not holds:
+                value = getattr(self, flag)
+                raise ValueError(f"--{flag.replace('_', '-')} {value}: {want}")
+
+        check(self.task in data.TASKS, "task", f"choose one of {' '.join(data.TASKS)}")
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal:
+                choices = " ".join(get_args(hint))
+                check(getattr(self, name) in get_args(hint), name, f"choose one of {choices}")
+        for flag in ("steps", "eval_every", "save_every", "K", "B", "C", "T", "block", "micro"):
+            check(getattr(self, flag) >= 1, flag, "must be at least 1")
+        for flag in ("lr", "temperature", "max_grad_norm", "lora_alpha"):
+            check(0 < getattr(self, flag) < math.inf, flag, "must be above 0 and finite")
+        for flag in ("lam", "beta", "weight_decay", "eps_high", "log_live"):
+            check(0 <= getattr(self, flag) < math.inf, flag, "must be at least 0 and finite")
+        for flag in ("P", "seed", "lora_r", "warmup"):
+            check(getattr(self, flag) >= 0, flag, "must be at least 0")
+        check(0 <= self.eps_low < 1, "eps_low", "must be in [0, 1)")
+        check(self.mu >= 1, "mu", "must be at least 1")
+        check(self.G >= 2, "G", "a group needs at least 2 samples to compare")
+        check(self.C % self.block == 0, "block", f"must divide --C {self.C}")
+        check(self.C % self.T == 0, "T", f"must divide --C {self.C}, so that each step reveals C/T")
+        check(
+            self.block % (self.C // self.T) == 0, "block",
+            f"must be a multiple of C/T = {self.C // self.T}, so that a block takes whole steps",
+        )  # fmt: skip
+        check(self.K <= self.T, "K", f"cannot select more steps than --T {self.T}")
+        check(
+            self.quantize == "none" or self.lora_r > 0, "quantize",
+            "quantised weights are frozen: train adapters with --lora-r 128",
+        )  # fmt: skip
+
+
+# What a small model wants instead of the paper's settings for an 8B one
+SMALL = dict(
+    steps=25, eval_every=5, save_every=5, B=16, C=24, T=12, block=24, K=4, lr=1e-3, warmup=2,
+    max_grad_norm=1.0, micro=128, lora_r=0, beta=0.01, weight_decay=0.0,
+)  # fmt: skip
+
+
+# ---- act -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollout:
+    """N trajectories. `when` is the step that revealed a token, T where the row had ended before."""
+
+    prompt_NP: Tensor
+    real_NP: Tensor  # False at padding
+    token_NC: Tensor
+    when_NC: Tensor
+    sure_NC: Tensor  # log-prob of each token when it was revealed
+    entropy_NC: Tensor  # nats, of the distribution it was drawn from
+    T: int
+    forwards: int  # forward passes times rows, for the cost
+
+    def per_step(self, value_NC: Tensor) -> Tensor:
+        """Mean over the tokens revealed at each step [N, T]; -inf where the row had ended."""
+        size = (len(value_NC), self.T + 1)
+        total_NT = value_NC.new_zeros(size).scatter_add(1, self.when_NC, value_NC)
+        count_NT = value_NC.new_zeros(size).scatter_add(1, self.when_NC, torch.ones_like(value_NC))
+        return torch.where(count_NT > 0, total_NT / count_NT, -math.inf)[:, : self.T]
+
+    @property
+    def entropy_NT(self) -> Tensor:
+        return self.per_step(self.entropy_NC)
+
+
+def uniform(shape: tuple[int, ...], rows: range, *key) -> Tensor:
+    """Uniform numbers [len(rows), *shape] in float64, a function of `key` and the row alone.
+
+    Each row of the whole step's rollout has its own stream, so neither ranks nor batch-mates change
+    what it draws, and there is no generator state to save.
+    """
+    streams = []
+    for row in rows:
+        digest = hashlib.blake2b(repr((*key, row)).encode(), digest_size=8).digest()
+        stream = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        streams.append(torch.rand(shape, dtype=torch.float64, generator=stream))
+    return torch.stack(streams)
+
+
+def log_policy(policy: nn.Module, h: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) of hidden states [..., D], without the ids never emitted."""
+    logits = policy.head(h).masked_fill(policy.never_V, -math.inf)
+    return torch.log_softmax(logits / temperature, dim=-1)
+
+
+def draw(policy: nn.Module, h_NJD: Tensor, u_NJ: Tensor | None, temperature: float):
+    """A token for every position, its log-prob and the entropy (nats) there: three [N, J].
+
+    Sampling inverts the distribution function at `u`, in float64: one random number a position
+    whatever the vocabulary, and the tail is sampled. Without `u`, the most probable token.
+    """
+    parts = []
+    for rows in slabs(h_NJD.shape[0], h_NJD.shape[1], policy.never_V.numel()):
+        logp_NJV = log_policy(policy, h_NJD[rows], temperature)
+        prob_NJV = logp_NJV.exp()
+        if u_NJ is None:
+            token_NJ = logp_NJV.argmax(-1)
+        else:
+            cdf_NJV = prob_NJV.double().cumsum(-1)
+            spot_NJ1 = u_NJ[rows, :, None] * cdf_NJV[..., -1:]
+            token_NJ = torch.searchsorted(cdf_NJV, spot_NJ1, right=True).squeeze(-1)
+        sure_NJ = logp_NJV.gather(-1, token_NJ[..., None]).squeeze(-1)
+        parts.append((token_NJ, sure_NJ, torch.special.entr(prob_NJV).sum(-1)))
+    return [torch.cat(part) for part in zip(*parts)]
+
+
+def slabs(rows: int, positions: int, vocabulary: int) -> list[slice]:
+    """Cut rows so that no slab's logits pass 2^26 numbers (256 MiB): memory without a knob."""
+    size = max(1, 2**26 // (positions * vocabulary))
+    return [slice(i, i + size) for i in range(0, rows, size)]
+
+
+def reveal(score_NJ: Tensor, hidden_NJ: Tensor, R: int) -> Tensor:
+    """The R hidden positions of highest score [N, R], surest first; ties go to the earlier one."""
+    score_NJ = score_NJ.masked_fill(~hidden_NJ, -math.inf)
+    return score_NJ.sort(dim=1, descending=True, stable=True).indices[:, :R]
+
+
+@torch.no_grad()
+def rollout(
+    policy: nn.Module,
+    prompt_NP: Tensor,
+    real_NP: Tensor,
+    cfg: Config,
+    u_NT2J: Tensor | None = None,
+    watch: Callable[[int, Rollout], None] | None = None,
+) -> Rollout:
+    """Complete each prompt in T denoising steps (section 3); greedy at temperature 1 without noise.
+
+    `watch(t, trajectories so far)` is called after each step. The host waits for the device once a
+    block (which rows have ended?), never in between.
+    """
+    (N, P), J, R = prompt_NP.shape, cfg.block, cfg.C // cfg.T
+    end, mask = policy.config.eos_id, policy.config.mask_id
+    temperature = 1.0 if u_NT2J is None else cfg.temperature
+    token_NC = prompt_NP.new_full((N, cfg.C), mask)
+    sure_NC = torch.zeros((N, cfg.C), device=prompt_NP.device)
+    roll = Rollout(
+        prompt_NP, real_NP, token_NC, torch.full_like(token_NC, cfg.T),
+        sure_NC, torch.zeros_like(sure_NC), cfg.T, forwards=0,
+    )  # fmt: skip
+    for first in range(0, cfg.C, J):
+        rows = unfinished((token_NC[:, :first] == end).any(1))
+        prompt_nP, real_nL = prompt_NP[rows], with_completion(real_NP[rows], cfg.C)
+        for t in range(first // R, (first + J) // R):
+            if len(rows) == 0:
+                break
+            ids_nL = torch.cat((prompt_nP, token_NC[rows]), dim=1)
+            h_nJD = policy.hidden(ids_nL, real_nL)[:, P + first : P + first + J]
+            u_nJ, place_nJ = (None, None) if u_NT2J is None else u_NT2J[rows, t].unbind(1)
+            token_nJ, sure_nJ, entropy_nJ = draw(policy, h_nJD, u_nJ, temperature)
+            random_order = cfg.order == "random" and place_nJ is not None
+            hidden_nJ = ids_nL[:, P + first : P + first + J] == mask
+            at_nR = reveal(place_nJ if random_order else sure_nJ, hidden_nJ, R)
+            cells = rows[:, None], first + at_nR
+            token_NC[cells] = token_nJ.gather(1, at_nR)
+            roll.when_NC[cells] = t
+            roll.sure_NC[cells] = sure_nJ.gather(1, at_nR)
+            roll.entropy_NC[cells] = entropy_nJ.gather(1, at_nR)
+            roll.forwards += len(rows)
+            if watch:
+                watch(t, roll)
+    roll.token_NC = torch.where(roll.when_NC == cfg.T, end, token_NC)
+    return roll
+
+
+def unfinished(done_N: Tensor) -> Tensor:
+    """The rows still to decode, the first of them repeated up to a quarter of the batch.
+
+    So the batch takes at most four sizes, and torch.compile sees four shapes. A repeated row draws
+    with its own noise: it is written twice with the same tokens.
+    """
+    live = (~done_N).nonzero().squeeze(1)
+    quarter = -(-len(done_N) // 4)
+    size = -(-len(live) // quarter) * quarter
+    return live[torch.arange(min(size, len(done_N)), device=live.device) % max(1, len(live))]
+
+
+def with_completion(real_NP: Tensor, C: int) -> Tensor:
+    """Every position of the completion is real: [N, L]."""
+    return torch.cat((real_NP, real_NP.new_ones(len(real_NP), C)), dim=1)
+
+
+# ---- choose --------------------------------------------------------------------------------------
+
+
+def select_steps(entropy_NT: Tensor, K: int, how: str, u_NT: Tensor | None = None) -> Tensor:
+    """The K steps of each trajectory that learn [N, K], in order of time.
+
+    The gradient lost by leaving a step out is bounded by its entropy (section 4), so `entropy`
+    keeps the K largest. `uniform` takes the middle of K equal parts, `random` any (`u_NT`), `all`
+    every step. Steps after a row's end (entropy -inf) come last and only where nothing else is left.
+    """
+    live_NT = entropy_NT > -math.inf
+    if how == "all":
+        return torch.arange(entropy_NT.shape[1], device=entropy_NT.device).expand_as(entropy_NT)
+    if how == "uniform":
+        t = torch.arange(entropy_NT.shape[1], device=entropy_NT.device)
+        n_N1 = live_NT.sum(1, keepdim=True)
+        part_NT, next_NT = (((t + i) * K / n_N1 + 0.5).floor() for i in (0, 1))
+        score_NT = ((next_NT > part_NT) | (n_N1 <= K)).float()  # the K middles, or all there are
+    else:
+        score_NT = entropy_NT if how == "entropy" else u_NT
+    score_NT = torch.where(live_NT, score_NT, -math.inf)
+    return score_NT.sort(dim=1, descending=True, stable=True).indices[:, :K].sort(dim=1).values
+
+
+class Moves(NamedTuple):
+    """S moves to learn from: what was seen, what was done, and what it is worth.
+
+    For diffu_grpo R is C and live, adv, old and ref have a column for each token.
+    """
+
+    prompt_SP: Tensor
+    real_SP: Tensor
+    state_SC: Tensor  # completion before the move: masks where hidden
+    at_SR: Tensor  # positions in the completion
+    token_SR: Tensor
+    live_S: Tensor  # False: the row had ended, or a filler
+    adv_S: Tensor | None = None
+    old_S: Tensor | None = None  # log-prob under the policy that moved
+    ref_S: Tensor | None = None  # log-prob under the reference
+
+    def take(self, rows: Tensor) -> Moves:
+        return Moves(*(None if x is None else x[rows] for x in self))
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """What the network reads: ids and where they are real, [S, L] each."""
+        ids_SL = torch.cat((self.prompt_SP, self.state_SC), dim=1)
+        return ids_SL, with_completion(self.real_SP, self.state_SC.shape[1])
+
+
+def gather_moves(roll: Rollout, t_NK: Tensor, mask: int) -> Moves:
+    """The selected moves, trajectory by trajectory: S = N*K rows."""
+    K, R = t_NK.shape[1], roll.token_NC.shape[1] // roll.T
+    token_SC, when_SC, prompt_SP, real_SP = (
+        x.repeat_interleave(K, dim=0)
+        for x in (roll.token_NC, roll.when_NC, roll.prompt_NP, roll.real_NP)
+    )
+    t_S1 = t_NK.reshape(-1, 1)
+    at_SR = (when_SC == t_S1).float().sort(dim=1, descending=True, stable=True).indices[:, :R]
+    return Moves(
+        prompt_SP, real_SP,
+        state_SC=torch.where(when_SC < t_S1, token_SC, mask),
+        at_SR=at_SR,
+        token_SR=token_SC.gather(1, at_SR),
+        live_S=(when_SC == t_S1).any(1),
+    )  # fmt: skip
+
+
+# ---- credit --------------------------------------------------------------------------------------
+
+
+def stepwise_advantages(
+    reward_N: Tensor, early_NK: Tensor, live_NK: Tensor, G: int, lam: float
+) -> Tensor:
+    """Advantage of each selected move [N, K] (section 5).
+
+    Return G_t = (r + lam (r - r_hat_t)) / (1 + lam), minus the mean of the group's live moves in the
+    same slot; 0 where the row had ended. No division by the standard deviation.
+    """
+    reward_N1 = reward_N[:, None]
+    return_NK = (reward_N1 + lam * (reward_N1 - early_NK)) / (1 + lam)
+    return_BGK = return_NK.unflatten(0, (-1, G))
+    live_BGK = live_NK.unflatten(0, (-1, G))
+    total_B1K = torch.where(live_BGK, return_BGK, 0).sum(1, keepdim=True)
+    mean_B1K = total_B1K / live_BGK.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(live_BGK, return_BGK - mean_B1K, 0).flatten(0, 1)
+
+
+@torch.no_grad()
+def greedy_guess(policy: nn.Module, h_SCD: Tensor, state_SC: Tensor) -> Tensor:
+    """The one-step completion [S, C]: the most probable token wherever the state is hidden."""
+    parts = []
+    for rows in slabs(*state_SC.shape, policy.never_V.numel()):
+        logits_SCV = policy.head(h_SCD[rows]).masked_fill(policy.never_V, -math.inf)
+        parts.append(logits_SCV.argmax(-1))
+    return torch.where(state_SC == policy.config.mask_id, torch.cat(parts), state_SC)
+
+
+# ---- learn ---------------------------------------------------------------------------------------
+
+
+def move_logp(policy: nn.Module, h_SCD: Tensor, mb: Moves, cfg: Config) -> Tensor:
+    """log pi(a_t | s_t) [S], or of each token [S, C] for diffu_grpo, at the sampling temperature."""
+    if cfg.method == "egspo" and cfg.likelihood == "exact" and cfg.order == "low_confidence":
+        first_S1 = mb.at_SR[:, :1] // cfg.block * cfg.block
+        at_SJ = first_S1 + torch.arange(cfg.block, device=first_S1.device)
+        logp_SJV = log_policy(policy, pick(h_SCD, at_SJ), cfg.temperature)
+        hidden_SJ = mb.state_SC.gather(1, at_SJ) == policy.config.mask_id
+        return exact_logp(logp_SJV, hidden_SJ, mb.at_SR - first_S1, mb.token_SR)
+    logp_SRV = log_policy(policy, pick(h_SCD, mb.at_SR), cfg.temperature)
+    logp_SR = logp_SRV.gather(-1, mb.token_SR[..., None]).squeeze(-1)
+    return logp_SR.sum(1) if cfg.method == "egspo" else logp_SR
+
+
+def exact_logp(logp_SJV: Tensor, hidden_SJ: Tensor, at_SR: Tensor, token_SR: Tensor) -> Tensor:
+    """Log-prob [S] of a low-confidence move: its tokens, and that these positions won.
+
+    log pi = sum_revealed log p_i(x_i) + sum_losers log F_j(c_min): positions draw independently, so
+    each loser must have drawn something no surer than the least sure winner (ties go to the earlier
+    position). Differentiable almost everywhere: which tokens count for F is piecewise constant.
+    """
+    sure_SR = pick(logp_SJV, at_SR).gather(-1, token_SR[..., None]).squeeze(-1)
+    floor_S1 = sure_SR.detach().amin(1, keepdim=True)
+    last_S1 = torch.where(sure_SR == floor_S1, at_SR, -1).amax(1, keepdim=True)
+    position_J1 = torch.arange(logp_SJV.shape[1], device=at_SR.device)[:, None]
+    below_SJV = logp_SJV < floor_S1[..., None]
+    tie_SJV = (logp_SJV == floor_S1[..., None]) & (position_J1 > last_S1[..., None])
+    prob_SJ = torch.where(below_SJV | tie_SJV, logp_SJV.exp(), 0).sum(-1)
+    loser_SJ = hidden_SJ.scatter(1, at_SR, False)
+    # a policy that moved far may leave a loser no token to draw: the smallest number, not log 0
+    log_F_SJ = prob_SJ.clamp_min(torch.finfo(prob_SJ.dtype).tiny).log()
+    return sure_SR.sum(1) + torch.where(loser_SJ, log_F_SJ, 0).sum(1)
+
+
+def pick(x_SJD: Tensor, at_SR: Tensor) -> Tensor:
+    """The vectors at these positions: [S, R, D]."""
+    return x_SJD.gather(1, at_SR[..., None].expand(-1, -1, x_SJD.shape[-1]))
+
+
+def clipped_loss(
+    logp_S: Tensor, mb: Moves, cfg: Config, count: Tensor
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """The surrogate of section 4, a sum over these moves divided by R and by the `count` of all.
+
+    ratio = exp(logp - old); -min(ratio A, clip(ratio) A) + beta k3, k3 = exp(ref - logp) - (ref -
+    logp) - 1. Also the statistics, name -> (values, where they count).
+    """
+    ratio_S = (logp_S - mb.old_S).exp()
+    clipped_S = ratio_S.clamp(1 - cfg.eps_low, 1 + cfg.eps_high)
+    gain_S = torch.minimum(ratio_S * mb.adv_S, clipped_S * mb.adv_S)
+    away_S = mb.ref_S - logp_S
+    kl_S = away_S.exp() - away_S - 1
+    R = cfg.C // cfg.T if cfg.method == "egspo" else 1
+    loss_S = (cfg.beta * kl_S - gain_S) / R
+    stats = {
+        "loss": loss_S,
+        "kl": kl_S,
+        "ratio/mean": ratio_S,
+        "clip_hi": ((ratio_S > 1 + cfg.eps_high) & (mb.adv_S > 0)).float(),
+        "clip_lo": ((ratio_S < 1 - cfg.eps_low) & (mb.adv_S < 0)).float(),
+    }
+    stats = {name: (value.detach(), mb.live_S) for name, value in stats.items()}
+    return torch.where(mb.live_S, loss_S, 0).sum() / count, stats
+
+
+def one_step_moves(roll: Rollout, mask: int, u_NP: Tensor, hide: float = 0.15) -> Moves:
+    """diffu_grpo (d1, arXiv 2504.12216): score the answer from a fully masked completion, once.
+
+    The prompt loses 15 % of its tokens to masks, so that the mean-field estimate varies.
+    """
+    hidden_NP = (u_NP < hide) & roll.real_NP
+    every_C = torch.arange(roll.token_NC.shape[1], device=u_NP.device)
+    return Moves(
+        torch.where(hidden_NP, mask, roll.prompt_NP), roll.real_NP,
+        state_SC=torch.full_like(roll.token_NC, mask),
+        at_SR=every_C.expand_as(roll.token_NC),
+        token_SR=roll.token_NC,
+        live_S=roll.when_NC < roll.T,
+    )  # fmt: skip
+
+
+def choose_moves(roll: Rollout, cfg: Config, mask: int, step: int, rows: range):
+    """The selected steps t_NK (None for diffu_grpo) and the moves made there."""
+    device = roll.token_NC.device
+    if cfg.method == "diffu_grpo":
+        u_NP = uniform(roll.prompt_NP.shape[1:], rows, cfg.seed, step, "hide").to(device)
+        return None, one_step_moves(roll, mask, u_NP)
+    u_NT = None
+    if cfg.select == "random":
+        u_NT = uniform((cfg.T,), rows, cfg.seed, step, "select").to(device)
+    t_NK = select_steps(roll.entropy_NT, cfg.K, cfg.select, u_NT)
+    return t_NK, gather_moves(roll, t_NK, mask)
+
+
+def features(policy: nn.Module, mb: Moves) -> Tensor:
+    """Hidden states of the completion [S, C, D]."""
+    return policy.hidden(*mb.inputs())[:, mb.prompt_SP.shape[1] :]
+
+
+def minibatches(moves: Moves, micro: int) -> Iterator[Moves]:
+    """Slices of exactly `micro` rows (static shapes); fillers at the end are not live."""
+    S = len(moves.live_S)
+    for first in range(0, S, micro):
+        rows = torch.arange(first, first + micro, device=moves.live_S.device)
+        mb = moves.take(rows % S)
+        live_S = mb.live_S.clone()
+        live_S[rows >= S] = False
+        yield mb._replace(live_S=live_S)
+
+
+@torch.no_grad()
+def score(policy: nn.Module, moves: Moves, cfg: Config, guess: bool = False):
+    """Log-prob of each move [S] under `policy`; with `guess` also its greedy completion [S, C]."""
+    S, logps, guesses = len(moves.live_S), [], []
+    for mb in minibatches(moves, cfg.micro):
+        h_SCD = features(policy, mb)
+        logps.append(move_logp(policy, h_SCD, mb, cfg))
+        if guess:
+            guesses.append(greedy_guess(policy, h_SCD, mb.state_SC))
+    return torch.cat(logps)[:S], torch.cat(guesses)[:S] if guess else None
+
+
+def update(policy: nn.Module, optimizer, moves: Moves, cfg: Config, ranks: Ranks, tally: Tally):
+    """One optimizer step on all moves; the result depends on neither `micro` nor the rank count.
+
+    Returns the ratio of each move [S] before the step. Raises Halt where a number is not finite.
+    """
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    count = ranks.sum(moves.live_S.sum().float())
+    ratios = []
+    for mb in minibatches(moves, cfg.micro):
+        logp_S = move_logp(policy, features(policy, mb), mb, cfg)
+        loss, stats = clipped_loss(logp_S, mb, cfg, count)
+        loss.backward()
+        for name, (value, where) in stats.items():
+            tally.add(name, value, where)
+        ratios.append(stats["ratio/mean"][0])
+    ranks.sum_gradients(parameters)
+    norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+    if not torch.isfinite(norm):
+        raise Halt(f"gradient norm is {norm.item()}")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    tally.add("grad_norm", norm.detach())
+    return torch.cat(ratios)[: len(moves.live_S)]
+
+
+# ---- prompts and rewards -------------------------------------------------------------------------
+
+
+def chat_ids(problems: list[data.Problem], tokenizer) -> list[list[int]]:
+    """Token ids of each prompt in the model's own chat template, ready to be completed."""
+    chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
+    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def encode(problems: list[data.Problem], tokenizer, P: int, pad: int) -> tuple[Tensor, Tensor]:
+    """Left-padded prompts [B, P] and where they are real. Prompts are never cut."""
+    ids = chat_ids(problems, tokenizer)
+    prompt_BP = torch.tensor([[pad] * (P - len(row)) + row for row in ids])
+    real_BP = torch.tensor([[False] * (P - len(row)) + [True] * len(row) for row in ids])
+    return prompt_BP, real_BP
+
+
+def batch(problems: list[data.Problem], B: int, step: int, seed: int, ranks: Ranks):
+    """This rank's B problems of a step, and its rows of the step's whole rollout.
+
+    Every epoch is a permutation of its own; nothing is drawn and thrown away.
+    """
+    first = (step * ranks.world + ranks.rank) * B
+    return [
+        problems[permutation(len(problems), seed, i // len(problems))[i % len(problems)]]
+        for i in range(first, first + B)
+    ]
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(n: int, seed: int, epoch: int) -> list[int]:
+    return uniform((n,), range(1), seed, "epoch", epoch)[0].argsort().tolist()
+
+
+def texts(token_NC: Tensor, tokenizer, end: int) -> list[str]:
+    """Each completion as text, cut at its first end token."""
+    cut = [row[: row.index(end)] if end in row else row for row in token_NC.tolist()]
+    return tokenizer.batch_decode(
+        cut, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+
+
+def lengths(token_NC: Tensor, end: int) -> Tensor:
+    """Tokens before the first end token [N]."""
+    return ((token_NC == end).cumsum(1) == 0).sum(1)
+
+
+def judge(task: data.Task, problems: list, answers: list[str], guesses: list[str]):
+    """Rewards of the N answers and, by the same function, of the K guesses of each: [N, K]."""
+    K = len(guesses) // len(answers)
+    asked = [problem for problem in problems for _ in range(K)]
+    rewards = task.rewards(answers + guesses, problems + asked)
+    final, early = rewards[: len(answers)], rewards[len(answers) :]
+    return final, torch.tensor(early, dtype=torch.float32).reshape(len(answers), K)
+
+
+# ---- evaluate ------------------------------------------------------------------------------------
+
+
+def evaluate(run: Run, problems: list[data.Problem], cfg: Config) -> dict[str, float]:
+    """Greedy decoding of every problem once: accuracy with its Wilson 95 % interval, and the cost.
+
+    The ranks share the problems; the last batch is filled up with repeats that do not count, so that
+    the shapes are the rollout's.
+    """
+    policy, ranks, end = run.policy, run.ranks, run.policy.config.eos_id
+    mine, size, tally = problems[ranks.rank :: ranks.world], cfg.B * cfg.G, Tally()
+    began = time.monotonic()
+    for first in progress(range(0, len(mine), size), "evaluating", ranks):
+        chunk = mine[first : first + size]
+        padded = [chunk[i % len(chunk)] for i in range(size)]
+        roll = rollout(policy, *run.prompts(padded), cfg)
+        answers = texts(roll.token_NC[: len(chunk)], run.tokenizer, end)
+        for reward in data.TASKS[cfg.task].rewards(answers, chunk):
+            tally.add("accuracy", float(reward.correct))
+            tally.add("reward", float(reward))
+            for name, value in reward.parts.items():
+                tally.add(f"reward/{name}", value)
+        tally.add("tokens", lengths(roll.token_NC[: len(chunk)], end))
+        tally.add("forwards", roll.forwards / size)
+    m = tally.means(ranks)
+    seconds = time.monotonic() - began
+    lo, hi = wilson(m["accuracy"], len(problems))
+    return {**m, "lo": lo, "hi": hi, "n": len(problems), "seconds": seconds,
+            "tok_s": m["tokens"] * len(problems) / seconds}  # fmt: skip
+
+
+def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % score interval of a share `p` of `n` (Wilson 1927)."""
+    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+
+
+# ---- train ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What a training run holds; everything that changes is in `policy` and `optimizer`."""
+
+    cfg: Config
+    policy: nn.Module
+    reference: Callable  # () -> context manager that yields the network under the old weights
+    optimizer: torch.optim.Optimizer | None
+    tokenizer: object
+    train_set: list[data.Problem]
+    val_set: list[data.Problem]
+    ranks: Ranks
+    log: EventLog
+    stop: StopSignal
+
+    def prompts(self, problems: list[data.Problem]) -> tuple[Tensor, Tensor]:
+        pair = encode(problems, self.tokenizer, self.cfg.P, self.policy.config.pad_id)
+        return tuple(x.to(self.ranks.device) for x in pair)
+
+
+def train(run: Run, start: int) -> None:
+    """Act, choose, credit, learn, tell, until cfg.steps are done."""
+    cfg, policy, log, ranks = run.cfg, run.policy, run.log, run.ranks
+    mask, end = policy.config.mask_id, policy.config.eos_id
+    rows = ranks.rows(cfg.B * cfg.G)
+    for step in itertools.count(start):
+        between_steps(run, step, start)
+        if step == cfg.steps:
+            return
+        tally = Tally()
+        problems = batch(run.train_set, cfg.B, step, cfg.seed, ranks)
+        problems = [problem for problem in problems for _ in range(cfg.G)]
+
+        with log.phase(step, "rollout"):  # act
+            u_NT2J = uniform((cfg.T, 2, cfg.block), rows, cfg.seed, step, "draw").to(ranks.device)
+            roll = rollout(policy, *run.prompts(problems), cfg, u_NT2J, log.watcher(step, run))
+            answers = texts(roll.token_NC, run.tokenizer, end)
+
+        with log.phase(step, "logp"):  # choose
+            t_NK, moves = choose_moves(roll, cfg, mask, step, rows)
+            old_S, guess_SC = score(policy, moves, cfg, guess=cfg.method == "egspo" and cfg.lam > 0)
+            with run.reference() as reference:
+                ref_S, _ = score(reference, moves, cfg)
+
+        with log.phase(step, "score"):  # credit
+            guesses = [] if guess_SC is None else texts(guess_SC, run.tokenizer, end)
+            rewards, early_NK = judge(data.TASKS[cfg.task], problems, answers, guesses)
+            reward_N = torch.tensor(rewards, dtype=torch.float32, device=ranks.device)
+            adv_S = advantages(reward_N, early_NK.to(ranks.device), moves, cfg)
+            moves = moves._replace(adv_S=adv_S, old_S=old_S, ref_S=ref_S)
+
+        with log.phase(step, "update"):  # learn
+            set_learning_rate(run.optimizer, cfg, step)
+            for _ in range(cfg.mu):
+                ratio_S = update(policy, run.optimizer, moves, cfg, ranks, tally)
+
+        measure(tally, cfg, roll, rewards, t_NK, moves, ratio_S, end)  # tell
+        log.step(step, tally.means(ranks), roll, t_NK)
+        log.sample(step, run, problems, answers, roll, t_NK, moves, ratio_S, rewards, early_NK, guess_SC)
+
+
+def between_steps(run: Run, step: int, start: int) -> None:
+    """With `step` optimizer steps done: save, evaluate, and stop if somebody asked for it."""
+    cfg, last = run.cfg, step == run.cfg.steps
+    stopping = run.ranks.any(run.stop.signal is not None)
+    if step > start and (step % cfg.save_every == 0 or last or stopping):
+        with run.log.phase(step, "save"):
+            save_checkpoint(run, step)
+    if stopping:
+        raise Halt(f"stopped after {step} steps", code=128 + run.stop.signal)
+    if step % cfg.eval_every == 0 or last:
+        with run.log.phase(step, "eval"):
+            m = evaluate(run, run.val_set, cfg)
+        run.log.eval(step, m)
+
+
+def advantages(reward_N: Tensor, early_NK: Tensor, moves: Moves, cfg: Config) -> Tensor:
+    """The advantage of each move, in the shape of `moves.live_S`; the group's for diffu_grpo."""
+    if cfg.method == "diffu_grpo":
+        one_N1 = torch.ones_like(reward_N[:, None])
+        adv_N1 = stepwise_advantages(reward_N, one_N1, one_N1 > 0, cfg.G, lam=0)
+        return adv_N1.expand_as(moves.live_S)
+    live_NK = moves.live_S.view(len(reward_N), -1)
+    if early_NK.numel() == 0:
+        early_NK = torch.zeros(live_NK.shape, device=reward_N.device)  # lam is 0: not looked at
+    return stepwise_advantages(reward_N, early_NK, live_NK, cfg.G, cfg.lam).flatten()
+
+
+def measure(
+    tally: Tally, cfg: Config, roll: Rollout, rewards: list[data.Reward],
+    t_NK: Tensor | None, moves: Moves, ratio_S: Tensor, end: int,
+) -> None:  # fmt: skip
+    """What a step's record says beside the loss's own statistics."""
+    value_N = torch.tensor(rewards, dtype=torch.float64)
+    tally.add("reward/mean", value_N)
+    tally.add("reward/square", value_N**2)
+    tally.add("correct", torch.tensor([float(reward.correct) for reward in rewards]))
+    for name in rewards[0].parts:
+        tally.add(f"reward/{name}", torch.tensor([reward.parts[name] for reward in rewards]))
+    live_NT = roll.entropy_NT > -math.inf
+    tally.add("entropy/mean", roll.entropy_NT, live_NT)
+    if t_NK is not None:
+        live_NK = moves.live_S.view(t_NK.shape)
+        tally.add("entropy/sel", roll.entropy_NT.gather(1, t_NK), live_NK)
+    tally.add("adv/abs", moves.adv_S.abs(), moves.live_S)
+    group_BG = value_N.unflatten(0, (-1, cfg.G))
+    tally.add("zero_adv_frac", (group_BG == group_BG[:, :1]).all(1).float())
+    tally.peak("ratio/max", torch.where(moves.live_S, ratio_S, 0))
+    length_N = lengths(roll.token_NC, end)
+    tally.add("len/mean", length_N)
+    tally.peak("len/max", length_N)
+    tally.add("trunc_frac", (length_N == cfg.C).float())
+
+
+# ---- plumbing: ranks, statistics, stopping -------------------------------------------------------
+
+
+class Halt(Exception):
+    """The run ends here: one line for the user, and the exit code."""
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code
+
+
+class Ranks:
+    """This process among `world` (torchrun's environment), and the sums across them."""
+
+    def __init__(self):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cpu")
+        if cuda:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if cuda else "gloo")
+
+    def rows(self, N: int) -> range:
+        """The numbers of this rank's N rows in the rollout of all ranks."""
+        return range(self.rank * N, (self.rank + 1) * N)
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def any(self, flag: bool) -> bool:
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def gather(self, x) -> list:
+        if self.world == 1:
+            return [x]
+        parts = [None] * self.world
+        dist.all_gather_object(parts, x)
+        return parts
+
+    def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """One flattened all-reduce. A gradient is already divided by the count of all ranks."""
+        if self.world == 1:
+            return
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = self.sum(torch.cat([grad.flatten() for grad in grads]))
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view_as(grad))
+
+    def close(self) -> None:
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Tally:
+    """Means over everything a metric names: all rows, micro-batches, updates and ranks.
+
+    Sums stay tensors on the device until the one read in `means`.
+    """
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+        self.peaks: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor | float, where: Tensor | None = None) -> None:
+        value = torch.as_tensor(value).double()
+        where = torch.ones_like(value, dtype=torch.bool) if where is None else where
+        pair = torch.stack((torch.where(where, value, 0).sum(), where.sum().double()))
+        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def peak(self, name: str, value: Tensor) -> None:
+        self.peaks[name] = value.max()
+
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        mine = {name: pair.tolist() for name, pair in self.sums.items()}
+        peaks = {name: value.item() for name, value in self.peaks.items()}
+        means = {}
+        parts = ranks.gather((mine, peaks))
+        for name in dict.fromkeys(name for sums, _ in parts for name in sums):
+            pairs = [sums[name] for sums, _ in parts if name in sums]
+            means[name] = sum(total for total, _ in pairs) / max(1, sum(n for _, n in pairs))
+        for name in peaks:
+            means[name] = max(part[name] for _, part in parts)
+        return means
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM are noted, and acted on between two steps; a second one ends at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number: int, frame) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        say("stopping after this step; once more to stop at once, without a checkpoint")
+
+
+def say(line: str, file=None) -> None:
+    """To the terminal, from the first rank only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line, file=file, flush=True)
+
+
+def progress(iterable, what: str, ranks: Ranks):
+    """A bar for what takes longer than two seconds, on a terminal."""
+    from tqdm import tqdm
+
+    quiet = ranks.rank > 0 or not sys.stderr.isatty()
+    return tqdm(iterable, what, disable=quiet, delay=2, leave=False)
+
+
+# ---- plumbing: weights, optimizer, checkpoints ---------------------------------------------------
+
+
+def use_bf16(cfg: Config, device: torch.device) -> bool:
+    if cfg.precision != "auto":
+        return cfg.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def accelerate(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
+    """The one place where speed is bought: bf16 autocast, and torch.compile of each block.
+
+    The blocks are alike, so they share one compiled graph for each shape; the head and everything
+    after it stay in float32. Parameter names do not change.
+    """
+    if use_bf16(cfg, device):
+        net.hidden = torch.autocast(device.type, torch.bfloat16)(net.hidden)
+    if cfg.compile:
+        for block in net.blocks:
+            block.compile(dynamic=False)
+    return net
+
+
+def can_compile() -> bool:
+    """Triton brings its own compiler; on a CPU torch.compile needs the machine's."""
+    names = (os.environ.get("CXX", "g++"), "clang++")
+    return torch.cuda.is_available() or any(shutil.which(name) for name in names)
+
+
+def make_optimizer(net: nn.Module, cfg: Config) -> torch.optim.Optimizer:
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    settings = dict(lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
+    if cfg.optimizer == "adamw8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, fused=True, **settings)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, cfg: Config, step: int) -> None:
+    """Linear warm-up, then constant: a function of the step alone."""
+    for group in optimizer.param_groups:
+        group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
+
+
+def save_checkpoint(run: Run, step: int) -> None:
+    """checkpoints/step-N, complete on disk before it gets its name; then `latest` points at it."""
+    if run.ranks.rank > 0:
+        return
+    from safetensors import SafetensorError
+
+    folder = Path(run.cfg.out) / "checkpoints"
+    temporary, final = folder / ".writing", folder / f"step-{step}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        model.save(run.policy, temporary)
+        run.tokenizer.save_pretrained(temporary)
+        torch.save({"step": step, "optimizer": run.optimizer.state_dict()}, temporary / "trainer.pt")
+        for file in (*temporary.iterdir(), temporary):
+            sync(file)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        link(folder / "latest", final.name)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise Halt(f"cannot write the checkpoint {final}: {error}")
+    run.log.write("ckpt", it=step, path=str(final), durable=True)
+
+
+def sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def link(name: Path, target: str) -> None:
+    """Point a symbolic link somewhere else in one step: a reader sees the old or the new one."""
+    temporary = name.with_name(f".{name.name}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, name)
+    sync(name.parent)
+
+
+def last_checkpoint(out: str) -> str:
+    latest = Path(out) / "checkpoints" / "latest"
+    if not latest.exists():
+        return "there is no checkpoint yet"
+    return f"the last checkpoint is {latest.resolve()}"
+
+
+# ---- plumbing: the event log ---------------------------------------------------------------------
+
+
+def compact(x):
+    """Numbers to 4 significant digits; nan and inf as strings, since JSON has none."""
+    if isinstance(x, float):
+        return float(f"{x:.4g}") if math.isfinite(x) else str(x)
+    if isinstance(x, dict):
+        return {key: compact(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [compact(value) for value in x]
+    return x
+
+
+class EventLog:
+    """events.jsonl, schema 1, written by the first rank: one line and one os.write an event.
+
+    A log that cannot be written is reported once and never stops training. A torn last line is
+    closed first; after `resume` readers forget what came from later steps.
+    """
+
+    LONGEST = 65536
+
+    def __init__(self, cfg: Config, ranks: Ranks):
+        self.cfg, self.ranks = cfg, ranks
+        self.fd, self.q, self.it, self.lost = None, 0, 0, 0
+        self.wrote = self.shown = time.monotonic()
+        self.seconds: dict[str, float] = {}
+        self.pace: list[float] = []
+        self.lock, self.closed = threading.Lock(), threading.Event()
+        if ranks.rank > 0:
+            return
+        file = Path(cfg.out) / "events.jsonl"
+        self.fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out {cfg.out}: another process is writing this run") from None
+        size = os.fstat(self.fd).st_size
+        tail = os.pread(self.fd, 2 * self.LONGEST, max(0, size - 2 * self.LONGEST))
+        if tail and not tail.endswith(b"\n"):
+            os.write(self.fd, b"\n")
+        self.q = next_number(tail)
+        threading.Thread(target=self.heartbeat, daemon=True).start()
+
+    def write(self, e: str, durable: bool = False, **fields) -> None:
+        if self.fd is None:
+            return
+        with self.lock:
+            head = f'{{"e":"{e}","q":{self.q},"ts":{time.time():.3f},'
+            line = head + json.dumps(compact(fields), separators=(",", ":"), allow_nan=False)[1:]
+            for optional in ("x0", "text", "prompt"):
+                if len(line) >= self.LONGEST and optional in fields:
+                    fields[optional] = None
+                    line = head + json.dumps(compact(fields), separators=(",", ":"))[1:]
+            try:
+                os.write(self.fd, (line + "\n").encode())
+                if durable:
+                    os.fsync(self.fd)
+            except OSError as error:
+                self.lost += 1
+                if self.lost == 1:
+                    say(f"warning: cannot write {self.cfg.out}/events.jsonl: {error}; going on")
+            self.q += 1
+            self.wrote = time.monotonic()
+
+    def heartbeat(self) -> None:
+        while not self.closed.wait(15):
+            if time.monotonic() - self.wrote >= 15:
+                self.write("hb", pid=os.getpid())
+
+    def meta(self, resume: int | None) -> None:
+        cfg = self.cfg
+        boot = Path("/proc/sys/kernel/random/boot_id")
+        self.write(
+            "meta", v=1, run=Path(cfg.out).name, host=platform.node(),
+            boot=boot.read_text().strip() if boot.exists() else "", pid=os.getpid(),
+            git=git_commit(), argv=sys.argv, model=Path(cfg.model).name, task=cfg.task,
+            iters=cfg.steps, T=cfg.T, K=cfg.K, L=cfg.C, block=cfg.block,
+            N=cfg.B * cfg.G * self.ranks.world, G=cfg.G, cfg=dataclasses.asdict(cfg), resume=resume,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def phase(self, step: int, name: str):
+        self.it = step
+        self.write("phase", it=step, name=name)
+        began = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - began
+
+    def watcher(self, step: int, run: Run) -> Callable | None:
+        """For `rollout`: at most `log_live` times a second, the steps since the last look."""
+        if self.fd is None or self.cfg.log_live == 0:
+            return None
+        seen = 0
+
+        def watch(t: int, roll: Rollout) -> None:
+            nonlocal seen
+            now = time.monotonic()
+            if now - self.shown < 1 / self.cfg.log_live and t < self.cfg.T - 1:
+                return
+            self.shown = now
+            entropy_NT = roll.entropy_NT[:, seen : t + 1]
+            live_NT = entropy_NT > -math.inf
+            mean_T = torch.where(live_NT, entropy_NT, 0).sum(0) / live_NT.sum(0)
+            when, ids, nats = (x[0].tolist() for x in (roll.when_NC, roll.token_NC, roll.entropy_NC))
+            shown = [
+                [i, run.tokenizer.decode([ids[i]]), nats[i]]
+                for i in range(self.cfg.C)
+                if seen <= when[i] <= t
+            ]
+            self.write("denoise", it=step, b=0, t0=seen, H=mean_T.tolist(), s=0, rv=shown)
+            seen = t + 1
+
+        return watch
+
+    def step(self, step: int, m: dict[str, float], roll: Rollout, t_NK: Tensor | None) -> None:
+        """The step's record, and one line on the terminal."""
+        cfg, total = self.cfg, sum(self.seconds.get(name, 0) for name in PHASES)
+        self.pace = (self.pace + [total])[-20:]
+        left = (cfg.steps - step - 1) * sum(self.pace) / len(self.pace)
+        m["reward/std"] = math.sqrt(max(0.0, m.pop("reward/square") - m["reward/mean"] ** 2))
+        m["clip_frac"] = m["clip_hi"] + m["clip_lo"]
+        m["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
+        m["tok_s"] = m["len/mean"] * len(roll.token_NC) * self.ranks.world / self.seconds["rollout"]
+        m.update({f"t/{name}": self.seconds[name] for name in PHASES})
+        m.update({"t/total": total, "eta_s": left})
+        if self.ranks.device.type == "cuda":
+            m["mem/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        live_NT = roll.entropy_NT > -math.inf
+        ent_T = torch.where(live_NT, roll.entropy_NT, 0).sum(0) / live_NT.sum(0)
+        sel_T = [] if t_NK is None else torch.bincount(t_NK.flatten(), minlength=cfg.T).tolist()
+        self.write("step", it=step, m=m, ent=ent_T.tolist(), sel=sel_T, n=len(roll.token_NC))
+        say(
+            f"step {step + 1:>4}/{cfg.steps}  reward {m['reward/mean']:.3f}  correct {m['correct']:.3f}"
+            f"  entropy {m['entropy/mean']:.2f}  kl {m['kl']:.4f}  clip {m['clip_frac']:.3f}"
+            f"  {total:.1f} s  eta {left / 60:.1f} min"
+        )
+
+    def eval(self, step: int, m: dict[str, float]) -> None:
+        self.write("eval", it=step, m=m, n=m["n"], split="val", step=step)
+        say(
+            f"eval {step:>4}/{self.cfg.steps}  accuracy {m['accuracy']:.3f} [{m['lo']:.3f}, {m['hi']:.3f}]"
+            f"  reward {m['reward']:.3f}  of {m['n']} held out  {m['seconds']:.1f} s"
+        )
+
+    def sample(
+        self, step, run, problems, answers, roll, t_NK, moves, ratio_S, rewards, early_NK, guess_SC
+    ) -> None:
+        """The whole trajectory of the first row of two prompts, and the first prompt's group."""
+        if self.fd is None:
+            return
+        G, end = self.cfg.G, run.policy.config.eos_id
+        length = lengths(roll.token_NC, end).tolist()
+        for row in dict.fromkeys((0, min(G, len(problems) - 1) // G * G)):
+            ids = roll.token_NC[row].tolist()
+            K = 0 if t_NK is None else t_NK.shape[1]
+            own = slice(row * K, (row + 1) * K)
+            guess = None if guess_SC is None else [pieces(x, run.tokenizer) for x in guess_SC[own].tolist()]
+            self.write(
+                "sample", it=step, s=row, p=row // G, g=row % G, prompt=problems[row].prompt,
+                tok=pieces(ids, run.tokenizer), rev=roll.when_NC[row].tolist(),
+                tent=(roll.entropy_NC[row] * 50).round().int().tolist(),
+                ent=roll.entropy_NT[row].tolist(),
+                sel=t_NK[row].tolist() if K else [],
+                srw=early_NK[row].tolist() if guess else [],
+                adv=moves.adv_S[own].tolist(), ratio=ratio_S[own].tolist(),
+                rw={"reward": float(rewards[row]), **rewards[row].parts},
+                gold=str(problems[row].answer)[:200], pred=answers[row][-200:],
+                ok=rewards[row].correct, eos=0, len=length[row], x0=guess,
+            )  # fmt: skip
+        self.write(
+            "group", it=step, p=0, text=answers[:G], rw=[float(x) for x in rewards[:G]], len=length[:G]
+        )
+
+    def end(self, status: str, error: str | None = None) -> None:
+        self.closed.set()
+        self.write("end", status=status, it=self.it, err=error, durable=True)
+
+
+PHASES = ("rollout", "logp", "score", "update")
+
+
+def next_number(tail: bytes) -> int:
+    """One more than the last event's number."""
+    for line in reversed(tail.splitlines()):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return json.loads(line)["q"] + 1
+    return 0
+
+
+def pieces(ids: list[int], tokenizer) -> list[str]:
+    """Each token as text; a character split over tokens stands at the first, the rest are empty."""
+    texts, first = [], 0
+    for i in range(len(ids)):
+        text = tokenizer.decode(ids[first : i + 1])
+        if text.endswith("\ufffd") and i - first < 3:
+            texts.append("")
+            continue
+        texts.append("")
+        texts[first], first = text, i + 1
+    return texts
+
+
+def git_commit() -> str:
+    ask = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+    return ""
+
+
+# ---- plumbing: the run folder and the command line -----------------------------------------------
+
+
+def open_run(cfg: Config, ranks: Ranks, stop: StopSignal) -> tuple[Run, int]:
+    """Load everything and say what was chosen. Returns the run and the step it starts from."""
+    out, checkpoint = Path(cfg.out), None
+    if cfg.resume:
+        latest = out / "checkpoints" / "latest"
+        checkpoint = latest.resolve() if latest.exists() else None
+    train_set, val_set = (load_problems(cfg, split) for split in ("train", "val"))
+    policy, tokenizer = load_policy(cfg, str(checkpoint or cfg.model), ranks)
+    cfg.P = prompt_length(cfg, train_set + val_set, tokenizer)
+    if cfg.lora_r > 0:
+        reference = functools.partial(model.as_reference, policy)
+    else:
+        frozen = load_policy(cfg, cfg.model, ranks)[0] if checkpoint else copy.deepcopy(policy)
+        frozen.requires_grad_(False)
+        reference = functools.partial(contextlib.nullcontext, accelerate(frozen, cfg, ranks.device))
+    optimizer, start = make_optimizer(policy, cfg), 0
+    if checkpoint:
+        state = torch.load(checkpoint / "trainer.pt", map_location=ranks.device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    accelerate(policy, cfg, ranks.device)
+    if ranks.rank == 0:
+        describe_run(cfg, out)
+    log = EventLog(cfg, ranks)
+    log.meta(resume=start if cfg.resume else None)
+    introduce(cfg, policy, ranks, start)
+    return Run(
+        cfg, policy, reference, optimizer, tokenizer, train_set, val_set, ranks, log, stop
+    ), start  # fmt: skip
+
+
+def load_problems(cfg: Config, split: str) -> list[data.Problem]:
+    problems = data.TASKS[cfg.task].load(split, cfg.data_dir or None)
+    if not problems:
+        raise ValueError(f"--task {cfg.task}: the {split} split holds no problem")
+    return problems
+
+
+def load_policy(cfg: Config, path: str, ranks: Ranks) -> tuple[nn.Module, object]:
+    """The network with its adapters and the ids it must never emit, and its tokenizer."""
+    from transformers import AutoTokenizer
+
+    folder = HERE / "tiny" if path == "tiny" else Path(path)
+    frozen = cfg.lora_r > 0
+    dtype = torch.bfloat16 if frozen and use_bf16(cfg, ranks.device) else torch.float32
+    net = model.load(folder, ranks.device, dtype, quantize=cfg.quantize)
+    if cfg.lora_r > 0:
+        torch.manual_seed(cfg.seed)  # the adapters start alike on all ranks
+        model.add_lora(net, cfg.lora_r, cfg.lora_alpha)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    net.register_buffer("never_V", never_emitted(net, tokenizer).to(ranks.device), persistent=False)
+    return net, tokenizer
+
+
+def never_emitted(net: nn.Module, tokenizer) -> Tensor:
+    """True for the mask, for padding that is not the end, and for rows beyond the tokenizer [V]."""
+    c = net.config
+    never_V = torch.arange(c.vocab_size) >= len(tokenizer)
+    never_V[c.mask_id] = True
+    if c.pad_id != c.eos_id:
+        never_V[c.pad_id] = True
+    return never_V
+
+
+def prompt_length(cfg: Config, problems: list[data.Problem], tokenizer) -> int:
+    """--P, or the longest prompt; ValueError where a prompt would have to be cut."""
+    sizes = [len(ids) for ids in chat_ids(problems, tokenizer)]
+    if cfg.P == 0:
+        return max(sizes)
+    longer = sum(size > cfg.P for size in sizes)
+    if longer:
+        raise ValueError(
+            f"--P {cfg.P}: {longer} of {len(sizes)} prompts are longer (the longest has {max(sizes)} "
+            "tokens), and prompts are never cut; raise --P, or 0 for the longest"
+        )
+    return cfg.P
+
+
+def describe_run(cfg: Config, out: Path) -> None:
+    """What a reader needs to repeat the run: settings, source and versions."""
+    text = json.dumps(dataclasses.asdict(cfg) | {"resume": False}, indent=2)
+    (out / "config.json").write_text(text + "\n")
+    (out / "source").mkdir(exist_ok=True)
+    for file in HERE.glob("*.py"):
+        shutil.copy(file, out / "source")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    names = ("torch", "transformers", "tokenizers", "safetensors", "tyro", "bitsandbytes")
+    versions = [f"{name} {version(name)}" for name in names]
+    lines = [f"python {platform.python_version()}", *versions, f"gpu {gpu}", f"git {git_commit()}"]
+    (out / "source" / "env.txt").write_text("\n".join(lines) + "\n")
+
+
+def version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def introduce(cfg: Config, policy: nn.Module, ranks: Ranks, start: int) -> None:
+    sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
+    total, trained = sum(n for n, _ in sizes), sum(n for n, grad in sizes if grad)
+    precision = "bf16" if use_bf16(cfg, ranks.device) else "float32"
+    speed = "compiled" if cfg.compile else "eager"
+    say(f"{cfg.task} with {cfg.model}: {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained")
+    say(f"{ranks.world} x {ranks.device.type}, {precision}, {speed}; {cfg.method}, lam {cfg.lam}")
+    say(
+        f"a step: {cfg.B * ranks.world} prompts x {cfg.G} samples, P {cfg.P}, C {cfg.C} in {cfg.T} "
+        f"denoising steps, {cfg.K} of them learn"
+    )
+    if start:
+        say(f"resuming after {start} of {cfg.steps} steps")
+    say(f"watch it: python tui.py {cfg.out}")
+
+
+def preset(argv: list[str]) -> Config:
+    """The defaults that fit: those of the run to resume, or those of the model's size."""
+
+    def given(flag: str) -> str | None:
+        for i, word in enumerate(argv):
+            if word == flag and i + 1 < len(argv):
+                return argv[i + 1]
+            if word.startswith(flag + "="):
+                return word.partition("=")[2]
+        return None
+
+    if "--resume" in argv:
+        file = Path(given("--out") or "") / "config.json"
+        if not given("--out"):
+            raise ValueError("--resume: say which run with --out runs/<name>")
+        if not file.exists():
+            raise ValueError(f"--resume: --out {given('--out')} holds no run (no config.json there)")
+        return Config(**json.loads(file.read_text()))
+    path = given("--model") or ("GSAI-ML/LLaDA-8B-Instruct" if torch.cuda.is_available() else "tiny")
+    return Config(model=path, **(SMALL if is_small(path) else {}))
+
+
+def is_small(path: str) -> bool:
+    file = (HERE / "tiny" if path == "tiny" else Path(path)) / "config.json"
+    if not file.exists():
+        return False
+    raw = json.loads(file.read_text())
+    return raw.get("d_model", raw.get("hidden_size", 4096)) < 1024
+
+
+def parse(argv: list[str]) -> Config:
+    """The command line as a checked Config; ValueError, in one line, where something is wrong."""
+    import tyro
+
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            cfg = tyro.cli(Config, args=argv, default=preset(argv), prog="egspo.py")
+    except SystemExit as leaving:
+        if not leaving.code:
+            raise  # --help
+        words = errors.getvalue().partition("────\n")[2].partition("────")[0]
+        raise ValueError(" ".join(words.strip("╭─╮│╰╯").replace("│", " ").split())) from None
+    if not cfg.out:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        cfg.out = f"runs/{cfg.task}-{Path(cfg.model).name}-{stamp}"
+    out = Path(cfg.out)
+    if not cfg.resume and not cfg.eval_only and (out / "events.jsonl").exists():
+        raise ValueError(f"--out {out} holds a run: continue it with --resume, or name another")
+    if cfg.compile and not can_compile():
+        say("warning: no C++ compiler (g++ or clang++) found: --no-compile, 4 times slower")
+        cfg.compile = False
+    return cfg
+
+
+def main() -> int:
+    stop = StopSignal()
+    ranks = run = None
+    try:
+        cfg = parse(sys.argv[1:])
+        ranks = Ranks()
+        if cfg.eval_only:
+            return evaluate_only(cfg, ranks, stop)
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        run, start = open_run(cfg, ranks, stop)
+    except (ValueError, OSError) as error:
+        say(f"egspo: {error}", file=sys.stderr)
+        return 2
+    try:
+        train(run, start)
+        run.log.end("finished")
+        return 0
+    except Halt as halt:
+        run.log.end("stopped" if halt.code > 2 else "crashed", str(halt))
+        say(f"egspo: {halt}; {last_checkpoint(cfg.out)}", file=sys.stderr)
+        return halt.code
+    except BaseException as error:
+        run.log.end("crashed", repr(error))
+        raise
+    finally:
+        ranks.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""A tiny random model in the published layout, with a tokenizer that spells everything in bytes."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import model
+
+END, MASK, PAD = "<|end|>", "<|mask|>", "<|pad|>"
+CONFIG = dict(
+    model_type="llada", architectures=["LLaDAModelLM"], d_model=32, n_layers=2, n_heads=2,
+    mlp_hidden_size=64, vocab_size=259, embedding_size=264, rope_theta=10000.0, rms_norm_eps=1e-5,
+    weight_tying=False, eos_token_id=256, mask_token_id=257, pad_token_id=258,
+)  # fmt: skip
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    spelling = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    spelling.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    spelling.decoder = decoders.ByteLevel()
+    spelling.add_special_tokens([END, MASK, PAD])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=spelling, eos_token=END, mask_token=MASK, pad_token=PAD
+    )
+    tokenizer.chat_template = "{{ messages[0]['content'] }}\n"
+    return tokenizer
+
+
+def toy_model(folder: Path, seed: int = 0, **changes) -> Path:
+    """Write the model and its tokenizer; the weights are larger than usual so that rows differ."""
+    torch.manual_seed(seed)
+    net = model.from_config(CONFIG | changes)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.dim() > 1:
+                p.mul_(5)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(net, folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
