@@ -1239,8 +1239,9 @@ def load_problems(cfg: Config, split: str) -> list[data.Problem]:
 
 def load_policy(cfg: Config, path: str, ranks: Ranks) -> tuple[nn.Module, object]:
     """The network with its adapters and the ids it must never emit, and its tokenizer."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, logging
 
+    logging.set_verbosity_error()  # it warns that it does not know the model; it need not
     folder = HERE / "tiny" if path == "tiny" else Path(path)
     frozen = cfg.lora_r > 0
     dtype = torch.bfloat16 if frozen and use_bf16(cfg, ranks.device) else torch.float32

@@ -25,7 +25,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=spelling, eos_token=END, mask_token=MASK, pad_token=PAD
     )
-    tokenizer.chat_template = "{{ messages[0]['content'] }}\n"
+    tokenizer.chat_template = "{{ messages[0]['content'] + '\n' }}"
     return tokenizer
 
 

@@ -1,0 +1,470 @@
+"""What must stay true of act, choose, credit and learn. Oracles are loops written from the formulas."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from toy import toy_model
+
+import data
+import egspo
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return toy_model(tmp_path_factory.mktemp("toy") / "toy")
+
+
+def settings(**changes) -> egspo.Config:
+    base = dict(
+        C=12, T=6, block=4, K=3, G=2, B=3, micro=4, compile=False, precision="float32", lora_r=0,
+    )  # fmt: skip
+    return egspo.Config(**(base | changes))
+
+
+@pytest.fixture(scope="module")
+def policy(folder):
+    return egspo.load_policy(settings(), str(folder), egspo.Ranks())[0]
+
+
+def prompts(N: int = 6, P: int = 7, seed: int = 0):
+    """Left-padded random prompts of different lengths."""
+    stream = torch.Generator().manual_seed(seed)
+    ids_NP = torch.randint(0, 200, (N, P), generator=stream)
+    size_N = torch.arange(N) % (P - 1) + 1
+    real_NP = torch.arange(P) >= P - size_N[:, None]
+    return torch.where(real_NP, ids_NP, 258), real_NP
+
+
+def act(policy, cfg, N: int = 6, step: int = 0, greedy: bool = False, P: int = 7):
+    u = egspo.uniform((cfg.T, 2, cfg.block), range(N), cfg.seed, step, "draw")
+    return egspo.rollout(policy, *prompts(N, P), cfg, None if greedy else u)
+
+
+# ---- act -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["low_confidence", "random"])
+def test_every_position_is_revealed_once_and_R_a_step_inside_the_current_block(policy, order):
+    cfg = settings(order=order)
+    roll = act(policy, cfg)
+    R, steps = cfg.C // cfg.T, cfg.block * cfg.T // cfg.C
+    for when_C, token_C in zip(roll.when_NC.tolist(), roll.token_NC.tolist()):
+        live = sorted(t for t in when_C if t < cfg.T)
+        assert live == sorted(list(range(len(live) // R)) * R)
+        for i, t in enumerate(when_C):
+            assert t == cfg.T or t // steps == i // cfg.block
+        assert 257 not in token_C and 258 not in token_C
+
+
+def test_a_row_ends_with_the_block_that_holds_the_end_token(folder):
+    cfg = settings()
+    net = egspo.load_policy(cfg, str(folder), egspo.Ranks())[0]
+    with torch.no_grad():
+        net.unembed.weight[256] *= 2.5  # the end token now wins now and then
+    roll = act(net, cfg, N=40)
+    ended = 0
+    for when_C, token_C in zip(roll.when_NC.tolist(), roll.token_NC.tolist()):
+        blocks = [token_C[i : i + cfg.block] for i in range(0, cfg.C, cfg.block)]
+        first = next((b for b, block in enumerate(blocks) if 256 in block), len(blocks))
+        for b, block in enumerate(blocks):
+            dead = [t == cfg.T for t in when_C[b * cfg.block : (b + 1) * cfg.block]]
+            assert all(dead) if b > first else not any(dead)
+            assert b <= first or block == [256] * cfg.block
+        ended += first < len(blocks) - 1
+    assert 0 < ended < 40
+    assert roll.forwards < 40 * cfg.T  # rows that have ended leave the batch
+
+
+def test_sampling_follows_the_policy_and_its_tail(policy):
+    logits_V = torch.tensor([3.0, 1.0, 0.0, -2.0, -14.0]).double()
+
+    class Fixed(torch.nn.Module):
+        never_V = torch.tensor([False, False, True, False, False])
+
+        def head(self, h):
+            return logits_V.expand(*h.shape[:-1], 5)
+
+    u_NJ = ((torch.arange(100_000) + 0.5) / 100_000).reshape(1000, 100)  # evenly spread
+    token_NJ, sure_NJ, entropy_NJ = egspo.draw(Fixed(), torch.zeros(1000, 100, 1), u_NJ.double(), 0.5)
+    p_V = torch.softmax((logits_V / 0.5)[[0, 1, 3, 4]], 0)
+    share_V = torch.bincount(token_NJ.flatten(), minlength=5)[[0, 1, 3, 4]] / 100_000
+    assert torch.allclose(share_V.double(), p_V, atol=2e-5)
+    assert (token_NJ != 2).all()
+    assert torch.allclose(entropy_NJ, -(p_V * p_V.log()).sum().expand_as(entropy_NJ))
+    last = torch.nextafter(torch.ones(1, 1).double(), torch.zeros(1, 1).double())
+    token, sure, _ = egspo.draw(Fixed(), torch.zeros(1, 1, 1), last, 0.5)
+    assert token.item() == 4 and sure.item() < -33  # p = 2e-15 is reachable: float32 is too coarse
+
+
+def test_a_row_does_not_depend_on_its_batch_mates_nor_on_padding(policy):
+    cfg = settings()
+    roll = act(policy, cfg)
+    u = egspo.uniform((cfg.T, 2, cfg.block), range(6), cfg.seed, 0, "draw")
+    prompt_NP, real_NP = prompts()
+    for row in range(6):
+        size = int(real_NP[row].sum())
+        for keep in (size, 7):  # without any padding, and as it was
+            alone = egspo.rollout(
+                policy, prompt_NP[row : row + 1, -keep:], real_NP[row : row + 1, -keep:], cfg,
+                u[row : row + 1],
+            )  # fmt: skip
+            assert torch.equal(alone.token_NC[0], roll.token_NC[row])
+            assert torch.equal(alone.when_NC[0], roll.when_NC[row])
+            assert torch.allclose(alone.sure_NC[0], roll.sure_NC[row], atol=1e-4)
+
+
+def test_noise_belongs_to_the_row_and_not_to_the_rank(policy):
+    whole = egspo.uniform((3,), range(8), 0, 5, "draw")
+    assert torch.equal(whole[4:], egspo.uniform((3,), range(4, 8), 0, 5, "draw"))
+    assert not torch.equal(whole, egspo.uniform((3,), range(8), 0, 6, "draw"))
+    assert not torch.equal(whole, egspo.uniform((3,), range(8), 1, 5, "draw"))
+
+
+def test_large_vocabularies_are_cut_into_slabs_without_a_trace(policy, monkeypatch):
+    cfg = settings()
+    whole = act(policy, cfg)
+    monkeypatch.setattr(egspo, "slabs", lambda rows, *_: [slice(i, i + 1) for i in range(rows)])
+    sliced = act(policy, cfg)
+    assert torch.equal(whole.token_NC, sliced.token_NC)
+    assert egspo.slabs(3, 1, 1)  # the patched one: row by row
+
+
+# ---- choose --------------------------------------------------------------------------------------
+
+
+def test_entropy_selection_keeps_the_K_most_uncertain_steps_in_order():
+    entropy_NT = torch.tensor([[0.1, 0.9, 0.3, 0.9, 0.2], [1.0, 0.5, -math.inf, -math.inf, -math.inf]])
+    assert egspo.select_steps(entropy_NT, 3, "entropy").tolist() == [[1, 2, 3], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("T, K", [(12, 4), (128, 8), (7, 3), (5, 5), (6, 1)])
+def test_uniform_selection_takes_the_middles_and_random_any_steps(T, K):
+    entropy_NT = torch.rand(50, T)
+    t_NK = egspo.select_steps(entropy_NT, K, "uniform")
+    assert t_NK[0].tolist() == [math.ceil((k + 0.5) * T / K) - 1 for k in range(K)]
+    u_NT = torch.rand(50, T)
+    t_NK = egspo.select_steps(entropy_NT, K, "random", u_NT)
+    assert all(len(set(row)) == K and row == sorted(row) for row in t_NK.tolist())
+    if K < T:
+        assert (t_NK[:, -1] < T - 1).any()  # the last step is not always among them
+    assert egspo.select_steps(entropy_NT, K, "all")[0].tolist() == list(range(T))
+
+
+@pytest.mark.parametrize("how", ["entropy", "uniform", "random"])
+def test_steps_after_the_end_are_only_chosen_when_nothing_else_is_left(how):
+    entropy_NT = torch.rand(20, 10)
+    entropy_NT[:, 6:] = -math.inf
+    u_NT = torch.rand(20, 10)
+    assert (egspo.select_steps(entropy_NT, 4, how, u_NT) < 6).all()
+    t_NK = egspo.select_steps(entropy_NT, 8, how, u_NT)
+    assert ((t_NK < 6).sum(1) == 6).all()
+
+
+def test_a_state_differs_from_the_next_exactly_at_its_moves(policy):
+    cfg = settings(K=6)
+    roll = act(policy, cfg)
+    moves = egspo.gather_moves(roll, egspo.select_steps(roll.entropy_NT, 6, "all"), mask=257)
+    state_NTC = moves.state_SC.unflatten(0, (6, cfg.T))
+    at_NTR = moves.at_SR.unflatten(0, (6, cfg.T))
+    for row in range(6):
+        for t in range(cfg.T):
+            before, end = state_NTC[row, t], roll.token_NC[row]
+            after = state_NTC[row, t + 1] if t + 1 < cfg.T else end
+            changed = (before != after).nonzero().flatten().tolist()
+            if moves.live_S[row * cfg.T + t]:
+                assert changed == at_NTR[row, t].tolist()
+                assert (before[changed] == 257).all() and torch.equal(after[changed], end[changed])
+    assert (state_NTC[:, 0] == 257).all()
+
+
+# ---- credit --------------------------------------------------------------------------------------
+
+
+def slow_advantages(reward, early, live, G, lam):
+    """Section 5 with three loops."""
+    N, K = len(reward), len(early[0])
+    adv = [[0.0] * K for _ in range(N)]
+    for group in range(N // G):
+        for k in range(K):
+            rows = [n for n in range(group * G, group * G + G) if live[n][k]]
+            returns = {n: (reward[n] + lam * (reward[n] - early[n][k])) / (1 + lam) for n in rows}
+            for n in rows:
+                adv[n][k] = returns[n] - sum(returns.values()) / len(rows)
+    return torch.tensor(adv)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 2.0])
+def test_advantages_equal_the_loops(lam):
+    reward_N, early_NK, live_NK = torch.rand(12), torch.rand(12, 5), torch.rand(12, 5) > 0.3
+    fast = egspo.stepwise_advantages(reward_N, early_NK, live_NK, 4, lam)
+    slow = slow_advantages(reward_N.tolist(), early_NK.tolist(), live_NK.tolist(), 4, lam)
+    assert torch.allclose(fast, slow, atol=1e-6)
+
+
+def test_advantages_ignore_a_constant_follow_a_permutation_and_vanish_for_equal_rewards():
+    reward_N, early_NK, live_NK = torch.rand(8), torch.rand(8, 3), torch.ones(8, 3).bool()
+    adv = egspo.stepwise_advantages(reward_N, early_NK, live_NK, 4, 0.5)
+    moved = egspo.stepwise_advantages(reward_N + 7, early_NK + 7, live_NK, 4, 0.5)
+    assert torch.allclose(adv, moved, atol=1e-5)
+    order = torch.tensor([2, 0, 3, 1, 7, 6, 5, 4])
+    assert torch.allclose(
+        adv[order], egspo.stepwise_advantages(reward_N[order], early_NK[order], live_NK, 4, 0.5)
+    )
+    same = egspo.stepwise_advantages(torch.ones(8), torch.full((8, 3), 0.5), live_NK, 4, 0.5)
+    assert same.abs().max() == 0
+    egspo_only = egspo.stepwise_advantages(reward_N, early_NK, live_NK, 4, 0.0)
+    group = reward_N.unflatten(0, (2, 4))
+    assert torch.allclose(egspo_only[:, 0], (group - group.mean(1, keepdim=True)).flatten(), atol=1e-6)
+
+
+def test_the_guess_keeps_what_is_revealed_and_is_the_argmax_elsewhere(policy):
+    cfg = settings()
+    roll = act(policy, cfg)
+    moves = egspo.gather_moves(roll, egspo.select_steps(roll.entropy_NT, 3, "entropy"), 257)
+    _, guess_SC = egspo.score(policy, moves, cfg, guess=True)
+    logits = policy(*moves.inputs())[:, 7:].masked_fill(policy.never_V, -math.inf)
+    for s in range(len(guess_SC)):
+        for i in range(cfg.C):
+            hidden = moves.state_SC[s, i] == 257
+            want = logits[s, i].argmax() if hidden else moves.state_SC[s, i]
+            assert guess_SC[s, i] == want
+
+
+# ---- learn ---------------------------------------------------------------------------------------
+
+
+def learn(policy, cfg, reward_N, N: int = 6, seed: int = 1):
+    """One rollout, credited with these rewards; the moves are ready for an update."""
+    roll = act(policy, cfg, N)
+    _, moves = egspo.choose_moves(roll, cfg, 257, 0, range(N))
+    old_S, guess_SC = egspo.score(policy, moves, cfg, guess=cfg.method == "egspo")
+    early_NK = torch.rand(N, cfg.K, generator=torch.Generator().manual_seed(seed))
+    adv_S = egspo.advantages(reward_N, early_NK, moves, cfg)
+    return moves._replace(adv_S=adv_S, old_S=old_S, ref_S=old_S.clone())
+
+
+def one_update(folder, cfg, reward_N, N: int = 6):
+    policy = egspo.load_policy(cfg, str(folder), egspo.Ranks())[0]
+    moves = learn(policy, cfg, reward_N, N)
+    tally = egspo.Tally()
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    grads = {}
+    optimizer = egspo.make_optimizer(policy, cfg)
+    optimizer.register_step_pre_hook(
+        lambda *_: grads.update({n: p.grad.clone() for n, p in policy.named_parameters()})
+    )
+    ratio_S = egspo.update(policy, optimizer, moves, cfg, egspo.Ranks(), tally)
+    return policy, before, grads, ratio_S, tally.means(egspo.Ranks())
+
+
+VARIANTS = [
+    dict(), dict(likelihood="exact"), dict(order="random"), dict(method="diffu_grpo"),
+    dict(select="uniform"), dict(select="random"), dict(lam=0.0), dict(select="all", K=6),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_before_the_first_update_the_ratio_is_one_and_the_kl_zero(folder, variant):
+    _, _, _, ratio_S, m = one_update(folder, settings(**variant), torch.rand(6))
+    assert (ratio_S == 1).all()
+    assert m["kl"] == 0 and m["clip_hi"] == 0 and m["clip_lo"] == 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_the_micro_batch_size_changes_nothing(folder, variant):
+    reward_N = torch.rand(6, generator=torch.Generator().manual_seed(3))
+    sums = []
+    for micro in (1, 4, 100):
+        _, _, grads, _, m = one_update(folder, settings(micro=micro, **variant), reward_N)
+        sums.append((torch.cat([g.flatten() for g in grads.values()]), m["loss"]))
+    scale = sums[0][0].norm()
+    assert scale > 0
+    for flat, loss in sums[1:]:
+        assert (flat - sums[0][0]).norm() < 1e-4 * scale
+        assert math.isclose(loss, sums[0][1], abs_tol=1e-6)
+
+
+def test_equal_rewards_give_no_gradient(folder):
+    _, before, grads, _, _ = one_update(folder, settings(lam=0.0), torch.ones(6))
+    assert all(g.abs().max() == 0 for g in grads.values())
+
+
+def test_an_update_makes_rewarded_moves_more_likely_and_punished_ones_less(folder):
+    cfg = settings(lr=1e-3, warmup=0, beta=0.0, weight_decay=0.0, lam=0.0)
+    policy = egspo.load_policy(cfg, str(folder), egspo.Ranks())[0]
+    moves = learn(policy, cfg, torch.tensor([1.0, 0, 0, 1, 1, 0]))
+    egspo.update(policy, egspo.make_optimizer(policy, cfg), moves, cfg, egspo.Ranks(), egspo.Tally())
+    after_S, _ = egspo.score(policy, moves, cfg)
+    gain_S = (after_S - moves.old_S) * moves.adv_S.sign()
+    assert gain_S[moves.live_S].mean() > 0
+
+
+def slow_loss(logp, old, ref, adv, live, cfg, R):
+    """Section 4, move by move."""
+    total = 0.0
+    for i in range(len(logp)):
+        if not live[i]:
+            continue
+        ratio = math.exp(logp[i] - old[i])
+        clipped = min(max(ratio, 1 - cfg.eps_low), 1 + cfg.eps_high)
+        k3 = math.exp(ref[i] - logp[i]) - (ref[i] - logp[i]) - 1
+        total += (-min(ratio * adv[i], clipped * adv[i]) + cfg.beta * k3) / R
+    return total / sum(live)
+
+
+def test_the_loss_equals_the_loop_and_counts_its_clips():
+    cfg = settings(beta=0.3)
+    logp, old, ref, adv = torch.randn(4, 40, dtype=torch.float64).unbind()
+    live = torch.rand(40) > 0.2
+    mb = egspo.Moves(None, None, None, None, None, live, adv, old, ref)
+    loss, stats = egspo.clipped_loss(logp, mb, cfg, live.sum())
+    want = slow_loss(logp.tolist(), old.tolist(), ref.tolist(), adv.tolist(), live.tolist(), cfg, 2)
+    assert math.isclose(loss.item(), want, rel_tol=1e-9)
+    ratio = (logp - old).exp()
+    high = sum(r > 1.5 and a > 0 for r, a in zip(ratio.tolist(), adv.tolist()))
+    low = sum(r < 0.8 and a < 0 for r, a in zip(ratio.tolist(), adv.tolist()))
+    assert stats["clip_hi"][0].sum() == high > 0 and stats["clip_lo"][0].sum() == low > 0
+
+
+@pytest.mark.parametrize("adv, logp, has_gradient", [(1.0, 1.0, False), (1.0, -1.0, True), (-1.0, -1.0, False), (-1.0, 1.0, True)])
+def test_a_clipped_move_has_no_gradient_and_only_on_the_side_it_should(adv, logp, has_gradient):
+    cfg = settings(beta=0.0)
+    logp_S = torch.tensor([logp], requires_grad=True)
+    mb = egspo.Moves(*[None] * 5, torch.tensor([True]), torch.tensor([adv]), torch.zeros(1), torch.zeros(1))
+    egspo.clipped_loss(logp_S, mb, cfg, torch.tensor(1.0))[0].backward()
+    assert (logp_S.grad.abs().item() > 0) == has_gradient
+
+
+def test_exact_probability_equals_brute_force_over_what_losers_could_have_drawn(policy):
+    stream = torch.Generator().manual_seed(0)
+    logp_SJV = torch.log_softmax(torch.randn(5, 4, 7, generator=stream).double(), -1)
+    hidden_SJ = torch.tensor([[True] * 4] * 4 + [[True, False, True, True]])
+    at_SR = torch.tensor([[0, 2]] * 5)
+    token_SR = logp_SJV[:, [0, 2]].argmax(-1)
+    fast = egspo.exact_logp(logp_SJV, hidden_SJ, at_SR, token_SR)
+    for s in range(5):
+        sure = [logp_SJV[s, at, token].item() for at, token in zip(at_SR[s].tolist(), token_SR[s].tolist())]
+        want = sum(sure)
+        for j in range(4):
+            if hidden_SJ[s, j] and j not in (0, 2):
+                share = sum(math.exp(x) for x in logp_SJV[s, j].tolist() if x <= min(sure))
+                want += math.log(share)
+        assert math.isclose(fast[s].item(), want, rel_tol=1e-9)
+
+
+def test_a_number_that_is_not_finite_stops_the_run_before_the_weights_change(folder):
+    cfg = settings()
+    policy = egspo.load_policy(cfg, str(folder), egspo.Ranks())[0]
+    moves = learn(policy, cfg, torch.rand(6))
+    moves = moves._replace(adv_S=moves.adv_S * math.nan)
+    before = policy.unembed.weight.detach().clone()
+    with pytest.raises(egspo.Halt, match="gradient norm is nan"):
+        egspo.update(policy, egspo.make_optimizer(policy, cfg), moves, cfg, egspo.Ranks(), egspo.Tally())
+    assert torch.equal(before, policy.unembed.weight)
+
+
+# ---- optimizers ----------------------------------------------------------------------------------
+
+
+def test_adamw8bit_keeps_real_8_bit_states_and_learns(folder):
+    cfg = settings(optimizer="adamw8bit", lr=1e-2)
+    policy = egspo.load_policy(cfg, str(folder), egspo.Ranks())[0]
+    optimizer = egspo.make_optimizer(policy, cfg)
+    weight = policy.unembed.weight
+    before = weight.detach().clone()
+    policy(torch.zeros(1, 4, dtype=torch.long)).square().sum().backward()
+    optimizer.step()
+    assert (weight - before).abs().max() > 0
+    states = {state["state1"].dtype for state in optimizer.state.values() if "state1" in state}
+    assert torch.uint8 in states
+
+
+def test_the_learning_rate_is_a_function_of_the_step(folder, policy):
+    cfg = settings(lr=1.0, warmup=4)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    rates = []
+    for step in range(6):
+        egspo.set_learning_rate(optimizer, cfg, step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+# ---- prompts, statistics, settings ---------------------------------------------------------------
+
+
+def test_each_epoch_is_a_permutation_and_ranks_share_a_step_by_arithmetic():
+    @dataclasses.dataclass
+    class Two:
+        rank: int
+        world: int = 2
+
+    problems = list(range(20))
+    seen = [p for step in range(5) for rank in range(2) for p in egspo.batch(problems, 2, step, 0, Two(rank))]
+    assert sorted(seen) == problems
+    alone = [p for step in range(5) for p in egspo.batch(problems, 4, step, 0, Two(0, 1))]
+    assert seen == alone
+    again = [p for step in range(5, 10) for p in egspo.batch(problems, 4, step, 0, Two(0, 1))]
+    assert sorted(again) == problems and again != alone
+
+
+def test_prompts_are_left_padded_and_never_cut(folder):
+    _, tokenizer = egspo.load_policy(settings(), str(folder), egspo.Ranks())
+    problems = data.TASKS["sudoku"].load("val")[:3]
+    P = egspo.prompt_length(settings(), problems, tokenizer)
+    prompt_BP, real_BP = egspo.encode(problems, tokenizer, P + 5, 258)
+    assert (prompt_BP[:, :5] == 258).all() and not real_BP[:, :5].any()
+    assert tokenizer.decode(prompt_BP[0, 5:]) == problems[0].prompt + "\n"
+    with pytest.raises(ValueError, match=rf"--P 20: 3 of 3 prompts are longer \(the longest has {P} "):
+        egspo.prompt_length(settings(P=20), problems, tokenizer)
+
+
+def test_texts_stop_at_the_first_end_token_and_lengths_count_up_to_it(folder):
+    _, tokenizer = egspo.load_policy(settings(), str(folder), egspo.Ranks())
+    ids = tokenizer("ab")["input_ids"]
+    token_NC = torch.tensor([ids + [256] + ids, ids + ids + ids[:1]])
+    assert egspo.texts(token_NC, tokenizer, 256) == ["ab", "ababa"]
+    assert egspo.lengths(token_NC, 256).tolist() == [2, 5]
+
+
+def test_pieces_join_to_the_text_and_a_split_character_stands_at_its_first_token(folder):
+    _, tokenizer = egspo.load_policy(settings(), str(folder), egspo.Ranks())
+    ids = tokenizer("a→b")["input_ids"]
+    assert egspo.pieces(ids, tokenizer) == ["a", "→", "", "", "b"]
+
+
+def test_a_tally_is_a_weighted_mean_over_everything_it_was_given():
+    tally = egspo.Tally()
+    tally.add("x", torch.tensor([1.0, 2.0]))
+    tally.add("x", torch.tensor([6.0, math.nan]), torch.tensor([True, False]))
+    tally.add("x", 3.0)
+    assert tally.means(egspo.Ranks())["x"] == 3.0
+
+
+def test_the_wilson_interval_is_the_textbook_one():
+    lo, hi = egspo.wilson(0.5, 100)
+    assert math.isclose(lo, 0.4038, abs_tol=1e-4) and math.isclose(hi, 0.5962, abs_tol=1e-4)
+    assert egspo.wilson(0.0, 256)[0] == 0 and 0.01 < egspo.wilson(0.0, 256)[1] < 0.02
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(K=200), "--K 200: cannot select more steps than --T 6"),
+        (dict(T=5), "--T 5: must divide --C 12"),
+        (dict(block=5), "--block 5: must divide --C 12"),
+        (dict(C=12, T=4, block=4), "--block 4: must be a multiple of C/T = 3"),
+        (dict(G=1), "--G 1: a group needs at least 2"),
+        (dict(task="chess"), "--task chess: choose one of sudoku"),
+        (dict(select="best"), "--select best: choose one of entropy uniform random all"),
+        (dict(temperature=0.0), "--temperature 0.0: must be above 0"),
+        (dict(lr=math.nan), "--lr nan: must be above 0 and finite"),
+        (dict(quantize="nf4"), "--quantize nf4: quantised weights are frozen"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_flag_and_what_would_do(change, message):
+    with pytest.raises(ValueError) as caught:
+        settings(**change)
+    assert str(caught.value).startswith(message)

@@ -1,0 +1,167 @@
+"""The gradient identity, by enumeration: every trajectory of a toy, through the project's own rules.
+
+dJ/dtheta by autograd through the enumerated expectation is the truth. The policy gradient, also
+enumerated (no sampling noise), must equal it where the log-probability of a move is exact.
+"""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import egspo
+
+V, C, T, MASK = 3, 4, 2, 2  # tokens 0 and 1 (and 3, 4) are words, id 2 is the mask
+WORDS = [0, 1, 3]
+
+
+class Table(torch.nn.Module):
+    """A policy with logits of its own for every state: the most general one. Float64."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.config = SimpleNamespace(mask_id=MASK, eos_id=4, pad_id=4)
+        self.never_V = torch.tensor([False, False, True, False, True])
+        stream = torch.Generator().manual_seed(seed)
+        size = (5**C, C, 5)
+        self.theta = torch.nn.Parameter(torch.randn(size, dtype=torch.float64, generator=stream))
+
+    def hidden(self, ids_NL, real_NL=None):
+        """The logits themselves, so that `head` has nothing to do; no prompt: L = C."""
+        index_N = (ids_NL * 5 ** torch.arange(C)).sum(1)
+        return self.theta[index_N]
+
+    def head(self, h):
+        return h
+
+
+def settings(**changes) -> egspo.Config:
+    base = dict(C=C, T=T, block=C, K=T, temperature=0.9, lam=0.0, G=2)
+    return egspo.Config(**(base | changes))
+
+
+def moves_from(policy, state_C, cfg):
+    """Every (move, probability) from a state: all draws of the hidden positions, through `reveal`."""
+    logp_CV = egspo.log_policy(policy, policy.hidden(state_C[None]), cfg.temperature)[0]
+    hidden_C = state_C == MASK
+    spots = hidden_C.nonzero().flatten().tolist()
+    found = {}
+    for words in itertools.product(WORDS, repeat=len(spots)):
+        token_C = state_C.clone()
+        token_C[spots] = torch.tensor(words)
+        sure_C = logp_CV.gather(1, token_C[:, None]).squeeze(1)
+        prob = sure_C[spots].sum().exp()
+        orders = [(sure_C.detach(), 1.0)]
+        if cfg.order == "random":  # every pair of hidden positions is equally likely
+            pairs = list(itertools.combinations(spots, C // T))
+            orders = [(-torch.ones(C).scatter(0, torch.tensor(pair), -1.0), 1 / len(pairs)) for pair in pairs]
+        for score_C, share in orders:
+            at_R = egspo.reveal(score_C[None], hidden_C[None], C // T)[0].sort().values
+            move = (tuple(at_R.tolist()), tuple(token_C[at_R].tolist()))
+            found[move] = found.get(move, 0) + prob * share
+    return found
+
+
+def log_prob(policy, state_C, move, cfg):
+    """The project's `move_logp` for one move."""
+    empty = torch.zeros((1, 0), dtype=torch.long)
+    mb = egspo.Moves(
+        empty, empty.bool(), state_C[None], torch.tensor([move[0]]), torch.tensor([move[1]]),
+        torch.ones(1, dtype=torch.bool),
+    )  # fmt: skip
+    return egspo.move_logp(policy, egspo.features(policy, mb), mb, cfg)[0]
+
+
+def step(state_C, move):
+    after_C = state_C.clone()
+    after_C[list(move[0])] = torch.tensor(move[1])
+    return after_C
+
+
+def gradients(seed: int, act: egspo.Config, learn: egspo.Config, baseline: bool = False):
+    """(dJ/dtheta, the enumerated policy gradient); `act` samples, `learn` scores."""
+    policy = Table(seed)
+    stream = torch.Generator().manual_seed(seed + 100)
+    rewards = torch.rand(5**C, dtype=torch.float64, generator=stream)
+
+    def worth(state_C):
+        return rewards[int((state_C * 5 ** torch.arange(C)).sum())]
+
+    start = torch.full((C,), MASK)
+    trajectories = []
+    for first, p_first in moves_from(policy, start, act).items():
+        middle = step(start, first)
+        for second, p_second in moves_from(policy, middle, act).items():
+            trajectories.append((first, middle, second, p_first * p_second, worth(step(middle, second))))
+    total = sum(p for *_, p, _ in trajectories)
+    assert math.isclose(total.item(), 1, rel_tol=1e-12)
+    J = sum(p * r for *_, p, r in trajectories)
+    truth = torch.autograd.grad(J, policy.theta, retain_graph=True)[0]
+
+    # sum over trajectories of p A_t grad log pi(a_t | s_t), gathered by move first: one backward
+    level = J.detach() if baseline else 0.0
+    weight = {}
+    for first, middle, second, p, r in trajectories:
+        for state_C, move in ((start, first), (middle, second)):
+            key = (tuple(state_C.tolist()), move)
+            weight[key] = weight.get(key, 0) + p.detach() * (r - level)
+    surrogate = sum(
+        w * log_prob(policy, torch.tensor(state), move, learn) for (state, move), w in weight.items()
+    )
+    return truth, torch.autograd.grad(surrogate, policy.theta)[0]
+
+
+def error(truth, estimate) -> float:
+    return ((estimate - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("order, likelihood", [("random", "tokens"), ("low_confidence", "exact")])
+def test_the_policy_gradient_is_the_gradient_of_the_expected_reward(order, likelihood, seed):
+    cfg = settings(order=order, likelihood=likelihood)
+    assert error(*gradients(seed, cfg, cfg)) < 1e-9
+    assert error(*gradients(seed, cfg, cfg, baseline=True)) < 1e-9
+
+
+def test_the_biases_that_the_method_tolerates_are_printed_and_are_not_zero(capsys):
+    tokens = settings(likelihood="tokens")
+    exact = settings(likelihood="exact")
+    random = settings(order="random")
+    cases = {
+        "token product, low confidence, no baseline": (tokens, tokens, False),
+        "token product, low confidence, mean reward as baseline": (tokens, tokens, True),
+        "sampled at 0.9, scored at 1.0, random order": (random, settings(order="random", temperature=1.0), True),
+        "sampled at 0.9, scored at 1.0, exact likelihood": (
+            exact, settings(likelihood="exact", temperature=1.0), True,
+        ),
+    }  # fmt: skip
+    with capsys.disabled():
+        print("\nrelative error of the policy gradient, three seeds:")
+        for name, (act, learn, baseline) in cases.items():
+            errors = [error(*gradients(seed, act, learn, baseline)) for seed in range(3)]
+            print(f"  {name:<56}", " ".join(f"{e:.3f}" for e in errors))
+            assert min(errors) > 0.01
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_exact_probabilities_of_all_moves_add_up_to_one_and_are_those_enumerated(seed):
+    policy, cfg = Table(seed), settings(likelihood="exact")
+    start = torch.full((C,), MASK)
+    found = moves_from(policy, start, cfg)
+    stated = {move: log_prob(policy, start, move, cfg).exp().item() for move in found}
+    assert math.isclose(sum(stated.values()), 1, rel_tol=1e-12)
+    for move, prob in found.items():
+        assert math.isclose(stated[move], prob.item(), rel_tol=1e-9)
+
+
+def test_ties_go_to_the_earlier_position_in_the_move_and_in_its_probability():
+    policy, cfg = Table(0), settings(likelihood="exact")
+    with torch.no_grad():
+        policy.theta.zero_()  # every token is equally sure: only positions decide
+    start = torch.full((C,), MASK)
+    found = moves_from(policy, start, cfg)
+    assert {at for at, _ in found} == {(0, 1)}
+    for move, prob in found.items():
+        assert math.isclose(log_prob(policy, start, move, cfg).exp().item(), prob.item(), rel_tol=1e-9)
