@@ -84,7 +84,7 @@ def parse_config(raw: dict, source: str = "config") -> Config:
     families = {"llada": _llada, "dream": _dream}
     family = str(raw.get("model_type")).lower()
     if family not in families:
-        raise ValueError(f"{source}: model_type {raw.get('model_type')!r} is neither llada nor Dream")
+        raise ValueError(f"{source}: model_type {raw.get('model_type')!r} is not llada or Dream")
     for key, value in FIXED.items():
         if raw.get(key) not in (None, value):
             raise ValueError(f"{source}: {key} {raw[key]!r} is not served, only {value!r}")
@@ -94,6 +94,9 @@ def parse_config(raw: dict, source: str = "config") -> Config:
         c = Config(**families[family](raw), family=family, eos_id=eos_id, pad_id=pad_id, raw=raw)
     except KeyError as missing:
         raise ValueError(f"{source}: {missing} is missing") from None
+    for name in ("vocab_size", "d_model", "d_mlp", "n_layers", "n_heads", "n_kv_heads"):
+        if not isinstance(getattr(c, name), int) or getattr(c, name) < 1:
+            raise ValueError(f"{source}: {name} {getattr(c, name)!r} is not a positive number")
     if c.d_model % (2 * c.n_heads) or c.n_heads % c.n_kv_heads:
         raise ValueError(
             f"{source}: width {c.d_model}, {c.n_heads} heads, {c.n_kv_heads} key/value heads: each"
@@ -152,9 +155,12 @@ def _dream(raw: dict) -> dict:
 
 def read_json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        fields = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return fields
 
 
 # ---- the network ---------------------------------------------------------------------------------
@@ -210,7 +216,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None) -> Tensor:
         h = self.attn_norm(x)
-        q, k, v = (m(h).unflatten(-1, (-1, self.d_head)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        qkv = self.q(h), self.k(h), self.v(h)
+        q, k, v = (t.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for t in qkv)
         q, k = turn(q, cos, sin), turn(k, cos, sin)
         if self.group > 1:  # copied out: with a mask, fused attention takes no groups everywhere
             k, v = k.repeat_interleave(self.group, dim=1), v.repeat_interleave(self.group, dim=1)
@@ -224,7 +231,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.origin: tuple[str, str | None] | None = None  # folder or hub id, and revision
+        self.origin: tuple[str | None, str | None] = (None, None)  # folder or hub id, and commit
         self.checkpointing = False  # recompute each block in backward: less memory, same values
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -246,9 +253,10 @@ class Transformer(nn.Module):
             place_NL, seen = real_NL.cumsum(1) - 1, real_NL[:, None, None, :]
         cos, sin = rotary(place_NL, c.d_model // c.n_heads, c.rope_theta)
         x = self.embed(ids_NL)
+        again = dict(use_reentrant=False, preserve_rng_state=False)  # nothing here is random
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, seen, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, cos, sin, seen, **again)
             else:
                 x = block(x, cos, sin, seen)
         x = self.norm(x)
@@ -322,43 +330,27 @@ def linears(block: Block) -> list[tuple[str, nn.Module]]:
 
 # ---- names and files -----------------------------------------------------------------------------
 
-# our word for a part of a tensor's name -> the published one; other parts are the same
-NAMES = {
-    "llada": {
-        "embed": "model.transformer.wte",
-        "blocks": "model.transformer.blocks",
-        "norm": "model.transformer.ln_f",
-        "unembed": "model.transformer.ff_out",
-        "q": "q_proj",
-        "k": "k_proj",
-        "v": "v_proj",
-        "out": "attn_out",
-        "mlp_norm": "ff_norm",
-        "gate": "ff_proj",
-        "up": "up_proj",
-        "down": "ff_out",
-    },
-    "dream": {
-        "embed": "model.embed_tokens",
-        "blocks": "model.layers",
-        "norm": "model.norm",
-        "unembed": "lm_head",
-        "attn_norm": "input_layernorm",
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "out": "self_attn.o_proj",
-        "mlp_norm": "post_attention_layernorm",
-        "gate": "mlp.gate_proj",
-        "up": "mlp.up_proj",
-        "down": "mlp.down_proj",
-    },
+NAMES = {  # our word for a part of a tensor's name: LLaDA's, Dream's; other parts are the same
+    "embed": ("model.transformer.wte", "model.embed_tokens"),
+    "blocks": ("model.transformer.blocks", "model.layers"),
+    "attn_norm": ("attn_norm", "input_layernorm"),
+    "q": ("q_proj", "self_attn.q_proj"),
+    "k": ("k_proj", "self_attn.k_proj"),
+    "v": ("v_proj", "self_attn.v_proj"),
+    "out": ("attn_out", "self_attn.o_proj"),
+    "mlp_norm": ("ff_norm", "post_attention_layernorm"),
+    "gate": ("ff_proj", "mlp.gate_proj"),
+    "up": ("up_proj", "mlp.up_proj"),
+    "down": ("ff_out", "mlp.down_proj"),
+    "norm": ("model.transformer.ln_f", "model.norm"),
+    "unembed": ("model.transformer.ff_out", "lm_head"),
 }
 
 
 def published(name: str, family: str) -> str:
     """blocks.0.q.weight -> model.transformer.blocks.0.q_proj.weight, and the like."""
-    return ".".join(NAMES[family].get(part, part) for part in name.split("."))
+    column = ("llada", "dream").index(family)
+    return ".".join(NAMES[part][column] if part in NAMES else part for part in name.split("."))
 
 
 def find_folder(path: str | Path, revision: str | None = None) -> Path:
@@ -367,7 +359,7 @@ def find_folder(path: str | Path, revision: str | None = None) -> Path:
         return Path(path)
     if str(path) == "tiny":
         return Path(__file__).parent / "tiny"
-    reason = "no such folder"
+    reason, source = "no such folder", "the model"
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
         from huggingface_hub import snapshot_download
 
@@ -376,10 +368,11 @@ def find_folder(path: str | Path, revision: str | None = None) -> Path:
             return Path(snapshot_download(str(path), revision=revision, allow_patterns=kinds))
         except (OSError, ValueError) as error:  # offline, unknown id or revision, gated, disk full
             at = f" at revision {revision}" if revision else ""
-            reason = f"no such folder, and not to be had from the hub{at} ({type(error).__name__})"
+            reason += f", and not to be had from the hub{at} ({type(error).__name__})"
+            source = f"https://huggingface.co/{path}"
     raise FileNotFoundError(
         f"--model {path}: {reason}; put config.json, the *.safetensors and the tokenizer files of"
-        " the model into a folder and pass --model FOLDER"
+        f" {source} into a folder and pass --model FOLDER"
     )
 
 
@@ -465,17 +458,18 @@ def load(
             for name in tensors.keys():
                 parent, _, leaf = ours[name].rpartition(".")
                 owner, tensor = net.get_submodule(parent), tensors.get_tensor(name)
-                if quantize != "none" and isinstance(owner, nn.Linear) and leaf == "weight" and parent != "unembed":
+                if quantize != "none" and parent.startswith("blocks.") and tensor.dim() == 2:
                     net.set_submodule(parent, quantized(owner, tensor, quantize, device))
                 else:  # copied: on the CPU, what was read is a view of the mapped file
                     tensor = tensor.to(device, dtype, copy=True)
                     setattr(owner, leaf, nn.Parameter(tensor))
-    net.origin = (str(folder.resolve() if folder == Path(path) else path), revision)
+    fetched = folder.parent.name == "snapshots"  # of the hub's cache, named by their commits
+    net.origin = (str(path), folder.name) if fetched else (str(folder.resolve()), None)
     return net
 
 
 def save(net: Transformer, folder: str | Path) -> None:
-    """Write config.json and model.safetensors, or the adapter alone in PEFT's format if there is one.
+    """Write config.json and model.safetensors; of a network with an adapter, the adapter alone.
 
     Not atomic: write into a temporary folder and rename it. ValueError if weights are quantised.
     """
@@ -498,45 +492,57 @@ def save(net: Transformer, folder: str | Path) -> None:
 
 def check_quantize(kind: Quantize, device: str | torch.device) -> None:
     """ValueError, before anything is read, where bitsandbytes cannot serve."""
-    if kind == "none":
-        return
-    if kind not in ("nf4", "int8"):
+    if kind not in ("none", "nf4", "int8"):
         raise ValueError(f"--quantize {kind}: none, nf4 or int8")
-    if torch.device(device).type not in ("cpu", "cuda", "xpu"):
-        raise ValueError(f"--quantize {kind}: no kernels for device {device}; use cuda, xpu or cpu")
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if kind != "none" and torch.device(device).type not in ("cpu", "cuda", "xpu"):
+        raise ValueError(f"--quantize {kind}: no kernels for {device}; use cuda, xpu or cpu")
+    if kind != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(f"--quantize {kind}: needs bitsandbytes (pip install bitsandbytes)")
 
 
 def quantized(
     linear: nn.Linear, weight: Tensor, kind: Quantize, device: str | torch.device
 ) -> nn.Linear:
-    """bitsandbytes' frozen linear of this weight (on the CPU), quantised on `device`.
+    """bitsandbytes' frozen linear of this weight (on the CPU), quantised on `device`, bf16 inside.
 
-    nf4: 4-bit blocks of 64 whose scales are quantised too, computed in bf16 (arXiv 2305.14314).
-    int8: rows and tokens scaled, activations above 6 in 16 bits (arXiv 2208.07339).
+    nf4: 4-bit blocks of 64 whose scales are quantised too (arXiv 2305.14314).
+    int8: one scale a row of the weight. Its own product instead of LLM.int8()'s, which decides on
+    outliers over all rows of a batch, so that a row would depend on its batch-mates, and which
+    keeps its input, so that checkpointing would save nothing.
     """
     import bitsandbytes as bnb
 
-    sizes = dict(bias=False, device="meta")
+    class Linear8bit(bnb.nn.Linear8bitLt):
+        def forward(self, x: Tensor) -> Tensor:
+            y = Int8Product.apply(x, self.weight, self.weight.SCB)
+            return y if self.bias is None else y + self.bias
+
+    shape = (linear.in_features, linear.out_features)
     if kind == "nf4":
-        made = bnb.nn.Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            compute_dtype=torch.bfloat16,
-            quant_type="nf4",
-            **sizes,
-        )
-        data = weight.to(torch.bfloat16)
-        made.weight = bnb.nn.Params4bit(data, quant_type="nf4", module=made).to(device)
-        made.support_avx512bf16_for_cpu = False  # no other kernel for eval: rollout = update
+        kwargs = dict(bias=False, device="meta", quant_type="nf4", compute_dtype=torch.bfloat16)
+        made = bnb.nn.Linear4bit(*shape, **kwargs)
+        params = bnb.nn.Params4bit(weight.bfloat16(), quant_type="nf4", module=made)
+        made.support_avx512bf16_for_cpu = False  # no second kernel in eval mode: rollout = update
     else:
-        made = bnb.nn.Linear8bitLt(
-            linear.in_features, linear.out_features, has_fp16_weights=False, threshold=6.0, **sizes
-        )
-        made.weight = bnb.nn.Int8Params(weight, requires_grad=False).to(device)
+        made = Linear8bit(*shape, bias=False, device="meta", has_fp16_weights=False)
+        params = bnb.nn.Int8Params(weight, requires_grad=False)
+    made.weight = params.to(device)
     made.bias = linear.bias
     return made
+
+
+class Int8Product(torch.autograd.Function):
+    """x W^T for a frozen W = int8 * scale / 127 by row; int8 is exact in bf16."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return (F.linear(x.bfloat16(), weight.bfloat16()) * (scale / 127)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        weight, scale = ctx.saved_tensors
+        return ((grad * (scale / 127)).bfloat16() @ weight.bfloat16()).to(grad.dtype), None, None
 
 
 def dense(linear: nn.Linear) -> Tensor:
@@ -546,9 +552,8 @@ def dense(linear: nn.Linear) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, weight.quant_state).float()
-    if hasattr(weight, "SCB"):  # bitsandbytes moves the scales into `state` at the first forward
-        scale = linear.state.SCB if weight.SCB is None else weight.SCB
-        return weight.data.float() * scale[:, None].float() / 127
+    if hasattr(weight, "SCB"):
+        return weight.data.float() * (weight.SCB / 127)[:, None]
     return weight.data.float()
 
 
@@ -634,7 +639,7 @@ def save_lora(net: Transformer, folder: Path) -> None:
         tensors[f"{PREFIX}{published(name, family)}.lora_A.weight"] = lora.lora_A.detach()
         tensors[f"{PREFIX}{published(name, family)}.lora_B.weight"] = lora.lora_B.detach()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    source, revision = net.origin or (None, None)
+    source, revision = net.origin
     one = next(iter(loras.values()))
     config = dict(
         peft_type="LORA",
@@ -658,7 +663,8 @@ def load_lora(net: Transformer, folder: str | Path) -> None:
     """Attach the PEFT adapter of a folder, whichever linear maps it adapts, and freeze the rest."""
     if adapters(net):
         raise ValueError(f"{folder}: the model already has an adapter")
-    config_file, file = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
+    file = Path(folder) / "adapter_model.safetensors"
+    config_file = Path(folder) / "adapter_config.json"
     config = read_json(config_file)
     for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
         if config.get(key):
@@ -667,7 +673,7 @@ def load_lora(net: Transformer, folder: str | Path) -> None:
     if not r or not alpha:
         raise ValueError(f"{config_file}: r or lora_alpha is missing")
     net.requires_grad_(False)
-    family, device = net.config.family, net.embed.weight.device
+    family = net.config.family
     maps = {published(n, family): n for n, m in net.named_modules() if isinstance(m, nn.Linear)}
     with opened(file) as tensors:
         names = set(tensors.keys())
@@ -685,6 +691,7 @@ def load_lora(net: Transformer, folder: str | Path) -> None:
                     raise ValueError(f"{file}: {name} is missing")
                 tensor = tensors.get_tensor(name)
                 if tensor.shape != p.shape:
-                    raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, not {tuple(p.shape)}")
+                    shapes = f"{tuple(tensor.shape)}, not {tuple(p.shape)}"
+                    raise ValueError(f"{file}: {name} has shape {shapes}")
                 p.data.copy_(tensor)
             net.set_submodule(ours, lora)
