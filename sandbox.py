@@ -1,8 +1,52 @@
-"""Did this untrusted program pass these tests?"""
+"""Did this untrusted program pass these tests?
+
+    with Sandbox(workers=2, cpu_s=5, wall_s=10) as box:
+        verdicts = box.run([dict(code="def f(x): return x + 1", names=["f"], before="import math",
+                                 setup="", tests=["assert f(1) == 2", "assert math.isclose(f(.5), 1.5)"])])
+
+The program was written by a policy that is rewarded for passing, so it lies wherever a lie pays. It
+never shares an interpreter with its tests, and only plain data crosses between the two:
+
+    trainer --job--> zygote (own session, empty environment, nobody when root) forks for each job
+                       worker   holds the program; a socket to the judge and /dev/null are all it has
+                       judge    reads the job, asks the worker, compares, writes one digit per test
+
+The judge sees the program through stand-ins: they can be called, read, written, indexed, iterated,
+measured and printed, but never compared. No exit status, no printed word and no object of the
+program's own is ever a verdict; whatever goes wrong fails the test at hand and all after it.
+
+Seven locks hold the processes, each tried on its own; those a machine lacks are in every verdict's
+`missing`. Every row of this table is a test, run with each subset of the locks:
+
+    attack                                     stopped by any one of           with those off
+    forge a reply, equal anything, patch        the two processes               (always stopped)
+      builtins or stand-ins, redefine a test
+    break the judge: nesting, size, bad tags    checks on what is received      (always stopped)
+    leave early: exit, kill itself, close all   fail closed                     (always stopped)
+    end the test's loop: StopIteration          becomes RuntimeError            (always stopped)
+    endless loop, sleep                         rlimits (CPU); the wall clock   (always stopped)
+    a daemon that outlives its job              the zygote adopts and kills     (always stopped)
+    read a file, list a folder                  landlock, seccomp               reads what its user can
+    write a file                                landlock, seccomp, rlimits      fills the disk
+    create or delete a file                     landlock, seccomp               as its user can
+    read the trainer's environment              landlock, seccomp, setuid       reads its tokens
+    judge's memory and descriptors, ptrace      landlock, seccomp,              reads the tests
+                                                non_dumpable with capabilities
+    kill the zygote                             landlock (ABI 6), seccomp       one retry, then failed
+    fork, start a program, a thread             seccomp, rlimits unless root    happens; dies with the job
+    listen on or connect to a TCP port          landlock (ABI 4), seccomp       has the network
+    UDP, stat, new namespaces, 32-bit calls     seccomp                         has them
+    a gigabyte of memory                        rlimits                         has it
+
+Not stopped by any of it: tests that are weak, printed in the prompt or left to the program's own
+class; kernel bugs within the calls of SYSCALLS; the memory of all slots together (no cgroups). On
+macOS only the two processes, setuid and rlimits are there, which takes `unsafe=True`.
+"""
 
 from __future__ import annotations
 
 import builtins
+import contextlib
 import ctypes
 import fcntl
 import gc
@@ -12,8 +56,6 @@ import math
 import operator
 import os
 import queue
-import random
-import re
 import resource
 import select
 import signal
@@ -34,89 +76,78 @@ MAX_WHY = 300  # characters of a verdict's reason
 
 
 # ---- messages ------------------------------------------------------------------------------------
-# Four bytes of length, then JSON. Never pickle: a pickled reply runs code in whoever reads it.
+# Four bytes of length, then JSON. Not pickle: reading a pickle runs code of whoever wrote it.
+
+
+def frame(message: object) -> bytes:
+    data = json.dumps(message).encode()
+    if len(data) > MAX_FRAME:
+        raise OverflowError(f"a message of {len(data)} bytes, the limit is {MAX_FRAME}")
+    return struct.pack("<I", len(data)) + data
 
 
 def send(fd: int, message: object) -> None:
-    data = json.dumps(message).encode()
-    if len(data) > MAX_FRAME:
-        raise OverflowError(f"a message of {len(data)} bytes; at most {MAX_FRAME} pass")
-    data = memoryview(struct.pack("<I", len(data)) + data)
+    data = memoryview(frame(message))
     while data:
         data = data[os.write(fd, data) :]
 
 
 def receive(fd: int) -> object:
-    def exactly(size: int) -> bytes:
-        data = bytearray()
-        while len(data) < size:
-            chunk = os.read(fd, min(size - len(data), 1 << 20))
-            if not chunk:
-                raise EOFError("the other side is gone")
-            data += chunk
-        return bytes(data)
-
-    (size,) = struct.unpack("<I", exactly(4))
+    (size,) = struct.unpack("<I", read(fd, 4))
     if size > MAX_FRAME:
-        raise OverflowError(f"a message of {size} bytes; at most {MAX_FRAME} pass")
-    return json.loads(exactly(size))
+        raise OverflowError(f"a message of {size} bytes, the limit is {MAX_FRAME}")
+    return json.loads(read(fd, size))
 
 
-def encode(x: object, other: Callable) -> object:
-    """Plain data as JSON, each non-JSON type under a one-letter tag; `other(x)` encodes the rest.
-    A subclass becomes its base class, so its methods stay behind."""
+def read(fd: int, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        chunk = os.read(fd, min(size - len(data), 1 << 20))
+        if not chunk:
+            raise EOFError("the other side is gone")
+        data += chunk
+    return bytes(data)
+
+
+TAGS = {  # what JSON lacks: type, its parts, and the way back from the list of parts
+    "i": (int, lambda x: [hex(x)], lambda parts: int(parts[0], 16)),
+    "b": (bytes, lambda x: [x.hex()], lambda parts: bytes.fromhex(parts[0])),
+    "c": (complex, lambda x: [x.real, x.imag], lambda parts: complex(*parts)),
+    "r": (range, lambda x: [x.start, x.stop, x.step], lambda parts: range(*parts)),
+    "t": (tuple, list, tuple),
+    "s": (set, list, set),
+    "f": (frozenset, list, frozenset),
+    "d": (dict, lambda x: [[k, v] for k, v in x.items()], dict),
+    "n": ((), list, iter),  # an iterator among a test's arguments
+}
+
+
+def encode(x: object, other: Callable[[object], object]) -> object:
+    """Data as JSON; `other(x)` encodes what is not data. A subclass becomes its base class."""
     if x is None or isinstance(x, bool):
         return x
-    if isinstance(x, int):
-        return int(x) if abs(x) < 1 << 53 else {"i": hex(x)}
-    if isinstance(x, float):
-        return float(x)
     if isinstance(x, str):
         return str.__str__(x)
-    if isinstance(x, complex):
-        return {"c": [x.real, x.imag]}
-    if isinstance(x, bytes):
-        return {"b": x.hex()}
+    if isinstance(x, float):
+        return float(x)
+    if isinstance(x, int) and abs(x) < 1 << 53:
+        return int(x)
     if isinstance(x, list):
-        return [encode(v, other) for v in x]
-    if isinstance(x, dict):
-        return {"d": [[encode(k, other), encode(v, other)] for k, v in x.items()]}
-    for tag, kind in ("t", tuple), ("s", set), ("f", frozenset):
+        return [encode(part, other) for part in x]
+    for tag, (kind, split, _) in TAGS.items():
         if isinstance(x, kind):
-            return {tag: [encode(v, other) for v in x]}
-    for tag, kind in ("r", range), ("l", slice):
-        if isinstance(x, kind):
-            return {tag: [encode(v, other) for v in (x.start, x.stop, x.step)]}
+            return {tag: [encode(part, other) for part in split(x)]}
     return other(x)
 
 
-def decode(j: object, handle: Callable) -> object:
-    """The exact built-in objects that `encode` wrote; `handle(n)` gives object number n."""
+def decode(j: object, handle: Callable[[object], object]) -> object:
+    """The exact built-in objects behind the JSON; `handle(n)` is the object with handle n."""
     if isinstance(j, list):
-        return [decode(v, handle) for v in j]
+        return [decode(part, handle) for part in j]
     if not isinstance(j, dict):
         return j
-    ((tag, v),) = j.items()
-    if tag == "h":
-        return handle(v)
-    if tag == "i":
-        return int(v, 16)
-    if tag == "b":
-        return bytes.fromhex(v)
-    if tag == "d":
-        return {decode(k, handle): decode(w, handle) for k, w in v}
-    return DECODE[tag]([decode(w, handle) for w in v])
-
-
-DECODE = {
-    "t": tuple,
-    "s": set,
-    "f": frozenset,
-    "n": iter,
-    "c": lambda v: complex(*v),
-    "r": lambda v: range(*v),
-    "l": lambda v: slice(*v),
-}
+    ((tag, parts),) = j.items()
+    return handle(parts) if tag == "h" else TAGS[tag][2]([decode(part, handle) for part in parts])
 
 
 # ---- worker: holds the program -------------------------------------------------------------------
@@ -127,22 +158,17 @@ OPERATIONS = {
     "set": setattr,
     "item": operator.getitem,
     "put": operator.setitem,
-    "iter": iter,
-    "next": next,
-    "len": len,
-    "str": str,
-    "repr": repr,
-    "bool": bool,
-}
+    "isinstance": lambda kind, x: isinstance(x, kind),
+} | {f.__name__: f for f in (iter, next, len, str, repr, bool)}
 
 
 def work(link: int) -> None:
     """Run the program as module `solution` and answer questions about it until the link closes.
-    Nothing here is trusted: the program can rewrite all of it, and then answer as it likes."""
+    Nothing here is trusted: the program may rewrite it all and answer what it likes."""
     solution = sys.modules["solution"] = types.ModuleType("solution")
     objects, numbers = [solution], {id(solution): 0}
 
-    def other(x: object) -> dict:
+    def park(x: object) -> dict:
         if id(x) not in numbers:
             numbers[id(x)] = len(objects)
             objects.append(x)
@@ -158,133 +184,121 @@ def work(link: int) -> None:
     while True:
         operation, args = receive(link)
         try:
-            reply = ["value", encode(operations[operation](*decode(args, handle)), other)]
-            send(link, reply)
+            reply = frame(["value", encode(operations[operation](*decode(args, handle)), park)])
         except BaseException as e:  # whatever the program raises is an answer, SystemExit included
             kind = next(c for c in type(e).__mro__ if c.__module__ == "builtins")
-            text = e.args[0] if len(e.args) == 1 and isinstance(e.args[0], str) else str(e)
-            send(link, ["error", [kind.__name__, text[:1000]]])
+            text = e.args[0] if e.args and isinstance(e.args[0], str) else str(e)
+            reply = frame(["error", [kind.__name__, text[:1000]]])
+        while reply:
+            reply = reply[os.write(link, reply) :]
 
 
 # ---- judge: holds the tests ----------------------------------------------------------------------
 
 
 class Program:
-    """The judge's link to the worker; once `dead`, no test can pass any more."""
+    """The judge's end of the link. Once `dead` has a reason, no test can pass any more, whatever
+    the test does with the exception."""
 
     def __init__(self, link: int) -> None:
         self.link, self.dead, self.standins = link, "", {}
 
     def ask(self, operation: str, *args: object) -> object:
-        args = [encode(a, self.other) for a in args]
+        request = [operation, encode(list(args), self.handle)]
         try:
             if self.dead:
-                raise EOFError(self.dead)
-            send(self.link, [operation, args])
-            kind, value = receive(self.link)
-            value = decode(value, self.standin)
+                raise EOFError
+            send(self.link, request)
+            kind, reply = receive(self.link)
+            reply = decode(reply, self.standin)
             if kind == "error":
-                value = as_exception(*value, stop=operation == "next")
+                reply = as_exception(*reply, stop=operation == "next")
             elif kind != "value":
-                raise ValueError("neither a value nor an error")
-        except Exception as e:  # dead, or talking nonsense: either way it has failed for good
+                raise ValueError
+        except Exception as e:  # gone, or talking nonsense: failed for good either way
             self.dead = self.dead or f"the program is gone ({type(e).__name__})"
             raise RuntimeError(self.dead) from None
         if kind == "error":
-            raise value
-        return value
+            raise reply
+        return reply
 
     def standin(self, n: int) -> Standin:
         if type(n) is not int:
-            raise ValueError("a handle is a number")
-        if n not in self.standins:
-            self.standins[n] = Standin(self, n)
-        return self.standins[n]
+            raise ValueError
+        return self.standins.setdefault(n, Standin(self, n))
 
-    def other(self, x: object) -> dict:
+    def handle(self, x: object) -> dict:
         if type(x) is Standin:
-            return {"h": object.__getattribute__(x, "_n")}
-        if getattr(builtins, getattr(x, "__name__", ""), None) is x:  # int, len, ValueError, ...
-            return {"h": x.__name__}
+            return {"h": x._Standin__n}
         if hasattr(x, "__next__"):
-            return {"n": [encode(v, self.other) for v in x]}
+            return {"n": [encode(part, self.handle) for part in x]}
+        if vars(builtins).get(getattr(x, "__name__", None)) is x:  # int, len, ValueError, ...
+            return {"h": x.__name__}
         raise TypeError(f"a test cannot hand the program a {type(x).__name__}")
 
 
 def as_exception(name: str, text: str, stop: bool) -> Exception:
-    """A built-in exception. StopIteration only where it is asked for: out of f it would end
-    `map(f, ...)` early, and with it the test's loop."""
+    """A built-in exception. StopIteration only in answer to `next`: raised by a function of the
+    program it would end `map(f, ...)` early and with it the test's loop."""
     kind = vars(builtins).get(name)
     if not (isinstance(kind, type) and issubclass(kind, Exception)):
         kind, text = RuntimeError, f"{name}: {text}"
     if kind is StopIteration and not stop:
         kind = RuntimeError
-    for kind in kind.__mro__:
-        try:
-            return kind(str(text))
-        except TypeError:  # UnicodeDecodeError and the like want five arguments
-            pass
+    try:
+        return kind(str(text))
+    except TypeError:  # UnicodeDecodeError wants five arguments, its base class does not
+        return kind.__base__(str(text))
+
+
+def asks(operation: str) -> Callable:
+    return lambda self, *args: self._Standin__program.ask(operation, self, *args)
 
 
 class Standin:
-    """An object of the program as the tests see it. It is never compared (`==` is identity) and
-    takes no part in arithmetic: an object that answers those itself passes any test."""
+    """An object of the program as the tests see it. It takes no part in comparison (`==` is
+    identity) or arithmetic: one that answered those itself would pass any test."""
 
-    __slots__ = ("_program", "_n")
+    __slots__ = ("__program", "__n")
 
     def __init__(self, program: Program, n: int) -> None:
-        object.__setattr__(self, "_program", program)
-        object.__setattr__(self, "_n", n)
+        object.__setattr__(self, "_Standin__program", program)
+        object.__setattr__(self, "_Standin__n", n)
 
     def __call__(self, *args, **kwargs):
-        return self._program.ask("call", self, args, kwargs)
+        return self.__program.ask("call", self, args, kwargs)
 
     def __getattr__(self, name):
-        if name.startswith("__"):  # protocols such as copy's look these up behind the test's back
+        if name.startswith("__"):  # copy, pickle and others look these up behind the test's back
             raise AttributeError(name)
-        return self._program.ask("get", self, name)
+        return self.__program.ask("get", self, name)
 
-    def __setattr__(self, name, value):
-        self._program.ask("set", self, name, value)
-
-    def __getitem__(self, key):
-        return self._program.ask("item", self, key)
-
-    def __setitem__(self, key, value):
-        self._program.ask("put", self, key, value)
-
-    def __iter__(self):
-        return self._program.ask("iter", self)
-
-    def __next__(self):
-        return self._program.ask("next", self)
-
-    def __len__(self):
-        return self._program.ask("len", self)
-
-    def __str__(self):
-        return self._program.ask("str", self)
-
-    def __repr__(self):
-        return self._program.ask("repr", self)
-
-    def __bool__(self):
-        return self._program.ask("bool", self)
+    __setattr__ = asks("set")
+    __getitem__ = asks("item")
+    __setitem__ = asks("put")
+    __instancecheck__ = asks("isinstance")
+    __iter__ = asks("iter")
+    __next__ = asks("next")
+    __len__ = asks("len")
+    __str__ = asks("str")
+    __repr__ = asks("repr")
+    __bool__ = asks("bool")
 
 
 def judge(link: int, pulse: int, trainer: int) -> None:
-    """Read the job and write one digit a test, then the reason of the first failure."""
+    """Read the job, write a digit per test and then the reason of the first failure."""
     job = receive(trainer)
     os.write(pulse, b"r")
     program = Program(link)
     space = {"__name__": "tests"}
+    why = ""
 
     def passes(step: str, do: Callable, *args: object) -> bool:
         nonlocal why
         try:
             do(*args)
             reason = program.dead
-        except BaseException as e:  # a test may raise anything; not to raise is to pass
+        except BaseException as e:  # a test may raise anything; only not to raise is to pass
             reason = program.dead or f"{type(e).__name__}: {e}"
         if reason and not why:
             why = f"{step}: {reason}"
@@ -294,16 +308,13 @@ def judge(link: int, pulse: int, trainer: int) -> None:
         exec(compile(code, "tests.py", "exec"), space)
 
     def bind() -> None:
-        module = sys.modules["solution"] = types.ModuleType("solution")
+        solution = sys.modules["solution"] = types.ModuleType("solution")
         for name in job["names"]:
-            space.pop(name, None)  # a stub from the prompt must not stand in for the program
-            try:
+            space.pop(name, None)  # the prompt's stub must not answer for the program
+            with contextlib.suppress(AttributeError):
                 space[name] = program.ask("get", program.standin(0), name)
-            except AttributeError:
-                continue
-            setattr(module, name, space[name])
+                setattr(solution, name, space[name])
 
-    why = ""
     if (
         passes("before", execute, job["before"])
         and passes("program", program.ask, "run", job["code"])
@@ -320,50 +331,52 @@ def printable(text: str) -> str:
 
 
 # ---- locks ---------------------------------------------------------------------------------------
-# Each is tried on its own; one that is not to be had is named in every verdict.
 
 SYSCALLS = """
-read 0 63, write 1 64, close 3 57, lseek 8 62, mmap 9 222, mprotect 10 226, munmap 11 215, brk 12 214,
-rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, sched_yield 24 124, mremap 25 216,
-madvise 28 233, nanosleep 35 101, getpid 39 172, exit 60 93, gettimeofday 96 169, getrusage 98 165,
-times 100 153, getuid 102 174, geteuid 107 175, getppid 110 173, sigaltstack 131 132, gettid 186 178,
-futex 202 98, restart_syscall 219 128, clock_gettime 228 113, clock_getres 229 114,
-clock_nanosleep 230 115, exit_group 231 94, getrandom 318 278
+read 0 63, write 1 64, close 3 57, lseek 8 62, mmap 9 222, mprotect 10 226, munmap 11 215,
+brk 12 214, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, sched_yield 24 124,
+mremap 25 216, madvise 28 233, nanosleep 35 101, getpid 39 172, exit 60 93, gettimeofday 96 169,
+getrusage 98 165, times 100 153, getuid 102 174, geteuid 107 175, getppid 110 173,
+sigaltstack 131 132, gettid 186 178, futex 202 98, restart_syscall 219 128, clock_gettime 228 113,
+clock_getres 229 114, clock_nanosleep 230 115, exit_group 231 94, getrandom 318 278
 """  # name, number on x86-64, number on aarch64
-ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH_*
+ARCHITECTURES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column, AUDIT_ARCH_*
 
 
 def libc(name: str, *args: object) -> int:
+    if sys.platform != "linux":
+        raise OSError("Linux only")
     result = getattr(ctypes.CDLL(None, use_errno=True), name)(*args)
     if result < 0:
         raise OSError(ctypes.get_errno(), name)
     return result
 
 
-def prctl(option: int, *args: object) -> None:
-    libc("prctl", option, *(list(args) + [0] * (4 - len(args))))
+def prctl(option: int, *args: object) -> int:
+    return libc("prctl", option, *args, *[0] * (4 - len(args)))
 
 
-def drop_user(cfg: dict) -> None:
+def setuid(cfg: dict) -> None:
     if os.getuid() == 0:
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
 
 
-def drop_capabilities(cfg: dict) -> None:
+def capabilities(cfg: dict) -> None:
+    """Drop them all: what is left of root where setuid is not to be had."""
     libc("capset", struct.pack("<Ii", 0x20080522, 0), bytes(24))
 
 
-def forbid_new_privileges(cfg: dict) -> None:
+def no_new_privs(cfg: dict) -> None:
     prctl(38, 1)  # PR_SET_NO_NEW_PRIVS
 
 
-def hide_memory(cfg: dict) -> None:
-    prctl(4, 0)  # PR_SET_DUMPABLE: no ptrace, no /proc/PID/mem, no /proc/PID/fd
+def non_dumpable(cfg: dict) -> None:
+    prctl(4, 0)  # PR_SET_DUMPABLE: no ptrace, no /proc/PID/mem, /proc/PID/fd, /proc/PID/environ
 
 
-def limit_resources(cfg: dict) -> None:
+def rlimits(cfg: dict) -> None:
     limits = {"CPU": max(1, math.ceil(cfg["cpu_s"])), "CORE": 0, "FSIZE": 0, "NOFILE": 8, "NPROC": 0}
     for name, value in (limits | {"AS": 1 << 30}).items():
         which = getattr(resource, f"RLIMIT_{name}")
@@ -373,69 +386,69 @@ def limit_resources(cfg: dict) -> None:
 
 
 def landlock(cfg: dict) -> None:
-    """An empty rule set: no file opened, no TCP, and from ABI 6 no signal to a process outside."""
+    """An empty rule set: no file, no TCP port and, from ABI 6, no signal to a process outside."""
     abi = libc("syscall", 444, None, 0, 1)
     files = 0x1FFF | (abi >= 2) << 13 | (abi >= 3) << 14 | (abi >= 5) << 15
     rules = struct.pack("<QQQ", files, 3, 3)[: 8 if abi < 4 else 16 if abi < 6 else 24]
     ruleset = libc("syscall", 444, rules, len(rules), 0)
-    try:
-        libc("syscall", 446, ruleset, 0)
-    finally:
-        os.close(ruleset)
+    libc("syscall", 446, ruleset, 0)
+    os.close(ruleset)
 
 
 def seccomp(cfg: dict) -> None:
-    """Only SYSCALLS; any other call fails with EPERM, one of another architecture kills."""
+    """Only SYSCALLS: any other call fails with EPERM, one of another architecture kills."""
     column, architecture = ARCHITECTURES[os.uname().machine]
-    numbers = [int(line.split()[1 + column]) for line in SYSCALLS.split(",")]
+    numbers = [int(entry.split()[column]) for entry in SYSCALLS.split(",")]
     load, equal, give = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
     code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, 0x80000000), (load, 0, 0, 0)]
     code += [(equal, len(numbers) - i, 0, n) for i, n in enumerate(numbers)]
-    code += [(give, 0, 0, 0x00050000 | 1), (give, 0, 0, 0x7FFF0000)]
+    code += [(give, 0, 0, 0x00050000 | 1), (give, 0, 0, 0x7FFF0000)]  # EPERM, ALLOW
     program = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *line) for line in code))
     prctl(22, 2, struct.pack("<HxxxxxxQ", len(code), ctypes.addressof(program)))
 
 
-ZYGOTE_LOCKS = {
-    "setuid": drop_user,
-    "capabilities": drop_capabilities,
-    "no_new_privs": forbid_new_privileges,
-    "non_dumpable": hide_memory,
-}
-CHILD_LOCKS = {"rlimits": limit_resources, "landlock": landlock, "seccomp": seccomp}
+ZYGOTE_LOCKS = (setuid, capabilities, no_new_privs, non_dumpable)  # inherited by what it forks
+CHILD_LOCKS = (rlimits, landlock, seccomp)
+LOCKS = [lock.__name__ for lock in ZYGOTE_LOCKS + CHILD_LOCKS]
 
 
-def close_locks(locks: dict[str, Callable], cfg: dict) -> list[str]:
+def close_locks(locks: tuple[Callable, ...], cfg: dict) -> list[str]:
+    """The names of those that would not close."""
     missing = []
-    for name, close in locks.items():
+    for lock in locks:
         try:
-            if name in cfg["off"]:
+            if lock.__name__ in cfg["off"]:
                 raise OSError("turned off")
-            close(cfg)
+            lock(cfg)
         except (OSError, ValueError, AttributeError, KeyError):
-            missing.append(name)
+            missing.append(lock.__name__)
     return missing
 
 
 # ---- zygote: forks a worker and a judge for each job ---------------------------------------------
 
 MODULES = """
-abc argparse array ast base64 bisect calendar cmath codecs collections collections.abc contextlib
-copy csv ctypes dataclasses datetime decimal difflib enum fnmatch fractions functools hashlib heapq
-html inspect io ipaddress itertools json keyword locale logging math numbers operator os.path pprint
-queue random re secrets socket statistics string struct subprocess sys tempfile textwrap threading
-time timeit tokenize traceback types typing unicodedata unittest uuid warnings zlib _strptime
-encodings.ascii encodings.latin_1 encodings.utf_16 encodings.utf_32 encodings.idna
-"""
+argparse array ast base64 bisect calendar cmath collections.abc contextlib copy csv dataclasses
+datetime decimal difflib enum fractions functools hashlib heapq html inspect io ipaddress itertools
+logging mmap numbers pprint random re secrets statistics string tempfile textwrap timeit tokenize
+traceback typing unicodedata unittest uuid zlib _strptime encodings.ascii encodings.latin_1
+encodings.utf_16 encodings.utf_32 encodings.idna
+"""  # imported beforehand: behind the locks no file can be opened
 
 
 def zygote(cfg: dict) -> None:
     for name in MODULES.split():
         importlib.import_module(name)
-    time.localtime()
+    time.localtime()  # reads the time zone's file
     null = os.open(os.devnull, os.O_RDWR)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
+        f.write("1000")  # out of memory, the kernel ends us rather than the trainer
     missing = close_locks(ZYGOTE_LOCKS, cfg)
-    trainer = socket.socket(fileno=0)
+    missing += try_in_child(cfg)
+    with contextlib.suppress(OSError):
+        prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans of a program come to us
+    gc.freeze()  # a child that collects garbage would copy our pages
+    os.write(1, json.dumps(missing).encode() + b"\n")
 
     def fork(task: Callable, *keep: int) -> int:
         """A locked child with the descriptors `keep` as 3, 4, ... and no others."""
@@ -443,77 +456,82 @@ def zygote(cfg: dict) -> None:
         if pid:
             return pid
         try:
+            with contextlib.suppress(OSError):
+                prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
             high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 64) for fd in keep]
             for fd, source in enumerate([null] * 3 + high):
                 os.dup2(source, fd)
             os.closerange(3 + len(keep), 256)
-            random.seed()  # a sibling must not foresee the other's random numbers
-            task(*range(3, 3 + len(keep)))
+            if set(close_locks(CHILD_LOCKS, cfg)) <= set(missing):
+                task(*range(3, 3 + len(keep)))
         finally:
-            os._exit(99)
+            os._exit(1)
 
-    def probe() -> None:
-        lacking = close_locks(CHILD_LOCKS, cfg)
-        os._exit(sum(1 << i for i, name in enumerate(CHILD_LOCKS) if name in lacking))
-
-    status = os.waitstatus_to_exitcode(os.waitpid(fork(probe), 0)[1])
-    lacking = [name for i, name in enumerate(CHILD_LOCKS) if status < 0 or status >> i & 1]
-
-    def locked(task: Callable) -> Callable:
-        def start(*fds: int) -> None:
-            if close_locks(CHILD_LOCKS, cfg) == lacking:
-                task(*fds)
-
-        return start
-
-    gc.freeze()
-    os.write(1, json.dumps(missing + lacking).encode() + b"\n")
-    while trainer.recv(1, socket.MSG_PEEK):
+    trainer = socket.socket(fileno=0)
+    while trainer.recv(1, socket.MSG_PEEK):  # a job is there, for the judge to read; b"": the end
         ours, theirs = socket.socketpair()
         alive, pulse = os.pipe()
-        children = [fork(locked(work), theirs.fileno())]
-        children += [fork(locked(judge), ours.fileno(), pulse, 0)]
-        ours.close()
-        theirs.close()
+        with ours, theirs:
+            children = [fork(work, theirs.fileno()), fork(judge, ours.fileno(), pulse, 0)]
         os.close(pulse)
-        read, why = wait(alive, cfg["wall_s"])
+        was_read, why = wait(alive, cfg["wall_s"])
         os.close(alive)
-        for pid in children:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        if not read:
+        while children:
+            for pid in children:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            children = orphans()
+        if not was_read:  # half a job may be left in the socket: begin anew
             return
         os.write(1, why + b"\n")
 
 
+def try_in_child(cfg: dict) -> list[str]:
+    """The locks of a child cannot be tried in the zygote, which could not undo them."""
+    out, into = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.write(into, json.dumps(close_locks(CHILD_LOCKS, cfg)).encode())
+        os._exit(0)
+    os.close(into)
+    missing = os.read(out, 4096)
+    os.close(out)
+    os.waitpid(pid, 0)
+    return json.loads(missing)
+
+
 def wait(alive: int, seconds: float) -> tuple[bool, bytes]:
-    """Until the judge ends, the time is over or the trainer is gone."""
+    """Until the judge ends, the time is over or the trainer is gone: was the job read, and what
+    ended it. The zygote itself reads neither job nor verdict: its memory is the next worker's."""
     poll = select.poll()
     poll.register(alive, select.POLLIN)
     poll.register(0, 0)  # reports a hang-up only
     deadline = time.monotonic() + seconds
-    read = False
+    was_read = False
     while events := dict(poll.poll(max(0, deadline - time.monotonic()) * 1000)):
         if 0 in events:
             return False, b""
         if not os.read(alive, 1):
-            return read, b""
-        read = True
-    return read, b" out of time"
+            return was_read, b""
+        was_read = True
+    return was_read, b" out of time"
 
 
-# ---- trainer's side ------------------------------------------------------------------------------
+def orphans() -> list[int]:
+    with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as f:
+        return [int(pid) for pid in f.read().split()]
+    return []
+
+
+# ---- the trainer's side --------------------------------------------------------------------------
 
 
 class Slot:
-    """One zygote and the socket to it."""
+    """A zygote and the socket to it. It is a fresh interpreter, never a fork of the trainer with
+    its GPU, tokens and threads."""
 
     def __init__(self, cfg: dict) -> None:
-        self.cfg = cfg
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-I", "-S", os.path.abspath(__file__), json.dumps(self.cfg)]
+        command = [sys.executable, "-I", "-S", os.path.abspath(__file__), json.dumps(cfg)]
         self.socket, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
@@ -521,7 +539,7 @@ class Slot:
             )
         self.missing = json.loads(self.ask(b"", 60))
 
-    def ask(self, data: bytes, seconds: float) -> bytes:
+    def ask(self, data: bytes, seconds: float) -> str:
         """Send a job, return the line that answers it. Raises OSError or EOFError."""
         deadline = time.monotonic() + seconds
         self.socket.settimeout(seconds)
@@ -533,38 +551,50 @@ class Slot:
             if not chunk:
                 raise EOFError("the zygote is gone")
             line += chunk
-        return line[:-1]
+        return line[:-1].decode()
 
-    def stop(self, gently: bool = True) -> None:
-        self.socket.shutdown(socket.SHUT_RDWR)
-        try:
-            self.process.wait(2 if gently else 0)
-        except subprocess.TimeoutExpired:
+    def stop(self, seconds: float) -> None:
+        """Hang up, which ends a healthy zygote and what it forked; after `seconds`, kill them."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if seconds:
+                self.process.wait(seconds)
+                return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        self.process.wait()
 
 
 class Sandbox:
-    """`workers` programs at a time, each with `cpu_s` seconds of CPU and `wall_s` of waiting."""
+    """Judges programs, `workers` at a time; each may use `cpu_s` seconds of CPU and take `wall_s`.
 
-    def __init__(self, workers: int = 2, cpu_s: float = 5, wall_s: float = 10,
-                 unsafe: bool = False, off: Iterable[str] = ()) -> None:
-        self.cfg = {"cpu_s": cpu_s, "wall_s": wall_s, "off": list(off)}
+    `missing` names the locks that this machine lacks, `restarts` counts zygotes that died or hung.
+    `off` turns locks off, for tests. Raises ValueError when neither seccomp nor Landlock is to be
+    had, unless `unsafe`. Close it (or use `with`), or its processes stay until the trainer ends."""
+
+    def __init__(
+        self, workers: int = 2, cpu_s: float = 5, wall_s: float = 10, unsafe: bool = False,
+        off: Iterable[str] = (),
+    ) -> None:  # fmt: skip
+        self.cfg = {"cpu_s": cpu_s, "wall_s": wall_s, "off": sorted(off)}
+        if unknown := set(off) - set(LOCKS):
+            raise ValueError(f"no such lock: {', '.join(unknown)}; there are {', '.join(LOCKS)}")
         self.restarts, self.closed, self.lock = 0, False, threading.Lock()
         self.pool = ThreadPoolExecutor(workers, "sandbox")
         self.slots = list(self.pool.map(Slot, [self.cfg] * workers))
         self.missing = self.slots[0].missing
         self.free = queue.SimpleQueue()
-        for slot in self.slots:
-            self.free.put(slot)
+        for i in range(workers):
+            self.free.put(i)
         if {"seccomp", "landlock"} <= set(self.missing) and not unsafe:
             self.close()
             raise ValueError(
-                "neither seccomp nor Landlock is available here: programs written by a model would "
-                "run nearly unconfined; --unsafe-code (unsafe=True) accepts that"
+                "neither seccomp nor Landlock is available, so nothing would keep a program from the "
+                "files and the network; --unsafe-code (unsafe=True) runs it all the same"
             )
         if self.missing:
-            warnings.warn(f"the code sandbox runs without {', '.join(self.missing)}", stacklevel=2)
+            warnings.warn(f"the sandbox runs without {', '.join(self.missing)}", stacklevel=2)
 
     def __enter__(self) -> Sandbox:
         return self
@@ -572,51 +602,57 @@ class Sandbox:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def run(self, jobs: Iterable[dict]) -> list[dict]:
-        return list(self.pool.map(self.judge, jobs))
-
-    def judge(self, job: dict) -> dict:
-        frame = json.dumps({k: job[k] for k in ("code", "names", "before", "setup", "tests")}).encode()
-        if len(job["code"]) > MAX_CODE or len(frame) > MAX_FRAME:
-            return self.verdict(job, b" program too long")
-        slot = self.free.get()
-        try:
-            for _ in range(2):
-                try:
-                    data = struct.pack("<I", len(frame)) + frame
-                    return self.verdict(job, slot.ask(data, self.cfg["wall_s"] + 5))
-                except (OSError, EOFError):
-                    self.restart(slot)
-            return self.verdict(job, b" the zygote died twice")
-        finally:
-            self.free.put(slot)
-
-    def verdict(self, job: dict, line: bytes) -> dict:
-        digits, _, why = line.decode("ascii", "replace").partition(" ")
-        ok = [digit == "1" for digit in digits][: len(job["tests"])]
-        if len(ok) < len(job["tests"]):
-            why = why or "the program or its judge died"
-        ok += [False] * (len(job["tests"]) - len(ok))
-        return {"ok": ok, "why": printable(why), "missing": list(self.missing)}
-
-    def restart(self, slot: Slot) -> None:
-        with self.lock:
-            if self.closed:
-                raise RuntimeError("the sandbox is closed")
-            self.restarts += 1
-            slot.stop(gently=False)
-            slot.socket.close()
-            slot.start()
-
     def close(self) -> None:
         with self.lock:
             self.closed = True
         self.pool.shutdown(wait=False, cancel_futures=True)
         for slot in self.slots:
-            slot.stop()
+            slot.stop(2)
         self.pool.shutdown()
         for slot in self.slots:
             slot.socket.close()
+
+    def run(self, jobs: Iterable[dict]) -> list[dict]:
+        """Verdicts in the order of the jobs.
+
+        A job is dict(code, names, before, setup, tests). `code` is the program; `names` are those
+        of its top-level names that the tests use, and all that they see of it; `before` is source
+        for the judge (imports, helpers of the prompt), run before the names are bound; `setup` is
+        source run after; `tests` are statements. A verdict is dict(ok, why, missing): a bool per
+        test, the reason of the first failure (printable, at most MAX_WHY characters, empty when
+        all passed), the locks that were not closed."""
+        return list(self.pool.map(self._judge, jobs))
+
+    def _judge(self, job: dict) -> dict:
+        tests = len(job["tests"])
+        if len(job["code"]) > MAX_CODE:
+            return self._verdict(f" a program of {len(job['code'])} characters", tests)
+        data = frame({key: job[key] for key in ("code", "names", "before", "setup", "tests")})
+        i = self.free.get()
+        try:
+            for _ in range(2):
+                try:
+                    return self._verdict(self.slots[i].ask(data, self.cfg["wall_s"] + 5), tests)
+                except (OSError, EOFError):
+                    self._restart(i)
+            return self._verdict(" the zygote died twice", tests)
+        finally:
+            self.free.put(i)
+
+    def _restart(self, i: int) -> None:
+        with self.lock:
+            if self.closed:
+                raise RuntimeError("the sandbox was closed")
+            self.restarts += 1
+            self.slots[i].stop(0)
+            self.slots[i].socket.close()
+            self.slots[i] = Slot(self.cfg)
+
+    def _verdict(self, line: str, tests: int) -> dict:
+        digits, _, why = line.partition(" ")
+        ok = [digit == "1" for digit in digits.ljust(tests, "0")[:tests]]
+        why = why or ("" if len(digits) == tests else "the judge died")
+        return {"ok": ok, "why": printable(why), "missing": list(self.missing)}
 
 
 if __name__ == "__main__":
