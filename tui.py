@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -152,7 +153,7 @@ class Run:
     chosen: dict[int, list[int]] = field(default_factory=dict)  # it -> samples that selected a step
     rows: dict[int, int] = field(default_factory=dict)  # it -> samples in that iteration
     evals: dict[int, dict] = field(default_factory=dict)
-    samples: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)  # offset, length
+    samples: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)  # it -> s -> place
     alerts: list[tuple[int, str, str]] = field(default_factory=list)  # it, level, message
     rollout: list[bytes] = field(default_factory=list)  # `denoise` lines since the last `step`
     phase: str = ""
@@ -160,6 +161,7 @@ class Run:
     ckpt: dict = field(default_factory=dict)
     end: dict | None = None
     recent: deque = field(default_factory=lambda: deque(maxlen=50))  # the last good lines
+    updates: int = 0  # `step` and `eval` events seen: changes when a chart does
     lines: int = 0
     bad: int = 0
     newer: bool = False
@@ -174,7 +176,7 @@ class Run:
                 self.rollout.append(line)
             elif line.startswith((b'{"e":"sample"', b'{"e": "sample"')) and line.endswith(b"}"):
                 it, s = SAMPLE.search(line).groups()
-                self.samples[int(it), int(s)] = offset, len(line)
+                self.samples.setdefault(int(it), {})[int(s)] = offset, len(line)
             else:
                 self.apply(json.loads(line))
             self.recent.append(line)
@@ -193,9 +195,11 @@ class Run:
             metrics = {name: number(value) for name, value in event["m"].items()}
             for name, value in metrics.items():
                 series = self.series.setdefault(name, Series())
-                if not math.isfinite(value) and (not series.values or math.isfinite(series.values[-1])):
+                before = series.values[-1] if series.values else 0.0
+                if math.isfinite(before) and not math.isfinite(value):
                     self.alerts.append((it, "error", f"{name} is {value}"))
                 series.add(it, value)
+            self.updates += 1
             if event.get("ent"):
                 self.entropy[it] = array("f", map(number, event["ent"]))
                 self.chosen[it] = list(event.get("sel") or [])
@@ -204,7 +208,9 @@ class Run:
             self.rollout.clear()
         elif kind == "eval":
             values = {name: number(value) for name, value in event["m"].items()}
+            values.setdefault("accuracy", values.get("acc", math.nan))
             self.evals[it] = values | {"n": event.get("n"), "split": event.get("split", "")}
+            self.updates += 1
         elif kind == "ckpt":
             self.ckpt = event
         elif kind == "alert":
@@ -216,10 +222,9 @@ class Run:
         """The run starts again at `it`: what was logged from there on is void."""
         for series in self.series.values():
             series.cut(it)
-        for record in (self.entropy, self.chosen, self.rows):
+        for record in (self.entropy, self.chosen, self.rows, self.samples):
             for key in [key for key in record if key >= it]:
                 del record[key]
-        self.samples = {key: value for key, value in self.samples.items() if key[0] < it}
         self.evals = {key: value for key, value in self.evals.items() if key <= it}  # made at its start
         self.alerts = [alert for alert in self.alerts if alert[0] < it]
         self.rollout.clear()
@@ -238,7 +243,7 @@ class Run:
     @property
     def done(self) -> int:
         """Updates made."""
-        return max(self.entropy, default=max((s.its[-1] for s in self.series.values() if s.its), default=-1)) + 1
+        return max((s.its[-1] for s in self.series.values() if s.its), default=-1) + 1
 
     def live(self) -> "Sample | None":
         """The rollout in progress as far as it was logged; None between rollouts."""
@@ -323,20 +328,20 @@ class Sample:
 
 
 class Log:
-    """A run on disk: its path, its tail, and the state read so far."""
+    """A run on disk: the tail of its file, the state read so far, the trajectories looked at."""
 
-    def __init__(self, path: Path, speed: float = 0.0, patience: int = 20):
-        self.path, self.run, self.version = path, Run(), 0
+    def __init__(self, path: Path, speed: float = 0.0, patience: int = 20,
+                 clock: Callable[[], float] = time.time):
+        self.path, self.run, self.replayed = path, Run(), speed > 0
         self.tail = Replay(path, speed) if speed else Tail(path, patience)
-        self.parsed: dict[tuple[int, int], Sample | None] = {}  # by place in the file
-        self.briefs: dict[tuple[int, int], tuple[float, int, str]] = {}
+        self.clock = self.tail.now if speed else clock
+        self.parsed: dict[tuple, Sample | None] = {}  # by place in the file
+        self.briefs: dict[tuple, tuple[float, int, str]] = {}
+        self.pictures: dict[tuple, list] = {}
 
     @property
     def name(self) -> str:
-        return str(self.run.meta.get("run") or self.path.parent.name)
-
-    def now(self) -> float:
-        return self.tail.now() if isinstance(self.tail, Replay) else time.time()
+        return clean(str(self.run.meta.get("run") or self.path.parent.name))
 
     def poll(self, seconds: float = 0.04) -> bool:
         """Read what is new, for about so long; True if there may be more."""
@@ -344,16 +349,23 @@ class Log:
         while True:
             again, lines = self.tail.read()
             if again:
-                self.run, self.parsed, self.briefs = Run(), {}, {}
+                self.run, self.parsed, self.briefs, self.pictures = Run(), {}, {}, {}
             for offset, line in lines:
                 self.run.feed(line, offset)
-            self.version += bool(lines) or again
             if not lines or time.monotonic() > until:
                 return bool(lines)
 
-    def sample(self, key: tuple[int, int]) -> Sample | None:
-        """The trajectory (it, s), read from the file now; None if it cannot be."""
-        place = self.run.samples.get(key)
+    def once(self, make: Callable[[], list], *key: object) -> list:
+        """make(), or what it returned for the same key before: for what is slow to draw."""
+        if key not in self.pictures:
+            if len(self.pictures) > 16:
+                self.pictures.clear()
+            self.pictures[key] = make()
+        return self.pictures[key]
+
+    def sample(self, it: int, s: int) -> Sample | None:
+        """A trajectory, read from the file now; None if it cannot be."""
+        place = self.run.samples.get(it, {}).get(s)
         if place and place not in self.parsed:
             if len(self.parsed) > 64:
                 self.parsed.clear()
@@ -365,28 +377,27 @@ class Log:
                 self.parsed[place] = None
         return self.parsed[place] if place else None
 
-    def brief(self, key: tuple[int, int]) -> tuple[float, int, str]:
-        """(reward, length, text) of a sample, remembered: for sorting and filtering them all."""
-        place = self.run.samples[key]
+    def brief(self, it: int, s: int) -> tuple[float, int, str]:
+        """(reward, length, text) of a sample, to sort and filter them all."""
+        place = self.run.samples[it][s]
         if place not in self.briefs:
-            sample = self.sample(key) or Sample(reward=math.nan)
+            sample = self.sample(it, s) or Sample(reward=math.nan)
             self.briefs[place] = sample.reward, sample.decoded, "".join(sample.tok)
         return self.briefs[place]
 
     def status(self) -> tuple[str, float]:
         """(live, quiet, dead, crashed, finished, stopped or waiting; seconds since the last event)."""
-        run = self.run
-        age = max(0.0, self.now() - stamp(run.recent[-1])) if run.recent else 0.0
+        run, here = self.run, (os.uname().nodename, boot_id())
         if not run.recent:
             return "waiting", 0.0
+        age = max(0.0, self.clock() - stamp(run.recent[-1]))
         if run.end:
             return str(run.end.get("status", "finished")), age
-        here = (os.uname().nodename, boot_id())
-        if (run.meta.get("host"), run.meta.get("boot")) == here and isinstance(self.tail, Tail):
-            if not isinstance(self.tail, Replay) and not alive(run.meta.get("pid")):
-                return "crashed", age
-        gaps = run.series.get("t/total")
-        usual = statistics.median(gaps.values[-50:]) if gaps and gaps.values else 0.0
+        local = not self.replayed and (run.meta.get("host"), run.meta.get("boot")) == here
+        if local and not alive(run.meta.get("pid")):
+            return "crashed", age
+        seconds = run.series.get("t/total", Series()).values[-50:]
+        usual = statistics.median(seconds) if seconds else 0.0
         return ("dead" if age > 600 else "quiet" if age > max(60, 4 * usual) else "live"), age
 
 
@@ -408,7 +419,7 @@ def alive(pid: object) -> bool:
 
 # ==== draw ========================================================================================
 # A row is a list of (text, style); a style is "[bold] [italic] #rrggbb [on #rrggbb]" or "". Every
-# function here takes the width and height it must fill, and fills exactly that.
+# function takes the width and height it has, in cells, and what it returns fills them.
 
 Row = list[tuple[str, str]]
 
@@ -418,20 +429,19 @@ PALETTES = {
     "magma": "2c115f 51127c 721f81 932b80 b73779 d8456c f1605d fc8961 feb078 fed799 fcfdbf",
     "grey": "45484e f4f4f4",
 }
-DARK = dict(bg="#0f1116", fg="#d8dbe0", dim="#7c828d", line="#323742", bar="#181c25", sky="#56b4e9",
-            orange="#f0a030", teal="#2fb5a0", mark="#fde725", mask="#59606d", veil="#1b1f28")
-LIGHT = dict(bg="#fbfbf8", fg="#22262c", dim="#686e78", line="#c6cad0", bar="#eceef0", sky="#0b6fb0",
-             orange="#a85800", teal="#007a68", mark="#6a1b80", mask="#8d939d", veil="#edeff1")
-GLYPHS = {  # bars of 0 to 8 eighths, then marks by name
-    "braille": (" ▁▂▃▄▅▆▇█", dict(box="╭─╮│╰╯", sel="▲", maybe="△", eval="◆", bad="×", dot="·", mask="░",
-                yes="✓", no="✗", cut="…", edge="┤", rail="│", done="━", todo="─", here="▸", full="█", new="◆", sep="·")),
-    "ascii": ("  .::||##", dict(box="+-+|++", sel="^", maybe="~", eval="o", bad="x", dot=".", mask=":",
-              yes="+", no="-", cut="~", edge="|", rail="|", done="=", todo="-", here=">", full="#", new="@", sep="|")),
-}
-GLYPHS["block"] = GLYPHS["braille"]
-STATUS = {"live": ("●", "*", "teal"), "finished": ("■", "#", "teal"), "stopped": ("▪", "#", "sky"),
-          "quiet": ("◌", "o", "orange"), "dead": ("✖", "x", "orange"), "crashed": ("✖", "x", "orange"),
-          "waiting": ("○", "o", "dim")}
+DARK = dict(bg="#0f1116", fg="#d8dbe0", dim="#7c828d", line="#323742", bar="#181c25",
+            sky="#56b4e9", orange="#f0a030", teal="#2fb5a0", mark="#fde725", mask="#59606d",
+            veil="#1b1f28")
+LIGHT = dict(bg="#fbfbf8", fg="#22262c", dim="#686e78", line="#c6cad0", bar="#eceef0",
+             sky="#0b6fb0", orange="#a85800", teal="#007a68", mark="#6a1b80", mask="#8d939d",
+             veil="#edeff1")
+NAMES = "bars tl h tr v bl br sel maybe eval bad dot mask yes no edge done todo here full new sep nl"
+UNICODE = "▁▂▃▄▅▆▇█ ╭ ─ ╮ │ ╰ ╯ ▲ △ ◆ × · ░ ✓ ✗ ┤ ━ ─ ▸ █ ◆ · ↵"
+ASCII = "..::||## + - + | + + ^ ~ o x . : + - | = - > # @ | \\"
+GLYPHS = {kind: dict(zip(NAMES.split(), glyphs.split())) for kind, glyphs in
+          (("braille", UNICODE), ("block", UNICODE), ("ascii", ASCII))}
+STATUS = {"live": "●*teal", "finished": "■#teal", "stopped": "▪#sky", "quiet": "◌oorange",
+          "dead": "✖xorange", "crashed": "✖xorange", "waiting": "○odim"}
 
 
 @lru_cache(4096)
@@ -441,67 +451,68 @@ def mix(low: str, high: str, x: float) -> str:
     return "#" + "".join(f"{round(a + (b - a) * x):02x}" for a, b in pairs)
 
 
+@lru_cache(1024)
+def heat(palette: str, level: int) -> str:
+    """Level 0 to 64 of a palette."""
+    colours = ["#" + colour for colour in PALETTES[palette].split()]
+    low = min(level * (len(colours) - 1) // 64, len(colours) - 2)
+    return mix(colours[low], colours[low + 1], level / 64 * (len(colours) - 1) - low)
+
+
 @dataclass(frozen=True)
 class Look:
-    """Colours and characters. Colours of the theme are attributes: look.sky, look.dim, ..."""
+    """Colours and characters: look.sky and the other names of DARK, look("sel") and those of NAMES."""
 
     palette: str = "viridis"
     glyphs: str = "braille"
     light: bool = False
 
     def __getattr__(self, name: str) -> str:
-        theme = LIGHT if self.light else DARK
-        if name not in theme:
-            raise AttributeError(name)
-        return theme[name]
+        try:
+            return (LIGHT if self.light else DARK)[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
-    def glyph(self, name: str) -> str:
-        return GLYPHS[self.glyphs][1][name]
-
-    @property
-    def eighths(self) -> str:
-        return GLYPHS[self.glyphs][0]
+    def __call__(self, name: str) -> str:
+        return GLYPHS[self.glyphs][name]
 
     def heat(self, x: float, floor: float = 0.0) -> str:
-        """Of a value from 0 to 1. More always means more contrast with the background."""
+        """The colour of 0 to 1. In both themes more is further from the background."""
         x = min(1.0, max(0.0, floor + (1 - floor) * x)) if math.isfinite(x) else 0.0
         return heat(self.palette, round((1 - x if self.light else x) * 64))
 
     def ink(self, x: float) -> str:
-        """The same for text: the part of the palette that can be read."""
+        """The same for text: only the part of the palette that can be read."""
         return self.heat(x, floor=0.45)
 
-
-@lru_cache(1024)
-def heat(palette: str, level: int) -> str:
-    colours = ["#" + colour for colour in PALETTES[palette].split()]
-    at = level / 64 * (len(colours) - 1)
-    low = min(int(at), len(colours) - 2)
-    return mix(colours[low], colours[low + 1], at - low)
+    def line_colours(self) -> tuple[str, ...]:
+        return self.sky, self.orange, self.teal, self.dim, self.fg, self.mark
 
 
-# ---- rows ----------------------------------------------------------------------------------------
+# ---- rows and numbers ----------------------------------------------------------------------------
+
+
+def cells(row: Row) -> int:
+    return sum(cell_len(text) for text, _ in row)
 
 
 def fit(row: Row, width: int) -> Row:
-    """Exactly `width` cells: cut (never half a wide character) or padded; neighbours merged."""
+    """Exactly `width` cells: cut (never half a wide character) or padded; like neighbours joined."""
     out, left = [], width
-    for text, style in row:
-        cells = cell_len(text)
-        if cells > left:
-            text, cells = set_cell_size(text, left), left
+    for text, style in row + [(" " * max(0, width - cells(row)), "")]:
+        if cell_len(text) > left:
+            text = set_cell_size(text, left)
+        left -= cell_len(text)
         if text and out and out[-1][1] == style:
             out[-1] = (out[-1][0] + text, style)
         elif text:
             out.append((text, style))
-        left -= cells
-        if left <= 0:
-            break
-    return out + [(" " * left, "")] if left > 0 else out
+    return out
 
 
 def block(rows: Iterable[Row], width: int, height: int) -> list[Row]:
-    rows = list(rows)[:height]
+    """Exactly `height` rows of exactly `width` cells."""
+    rows = list(rows)[: max(0, height)]
     return [fit(row, width) for row in rows + [[]] * (height - len(rows))]
 
 
@@ -509,31 +520,37 @@ def beside(*blocks: list[Row]) -> list[Row]:
     return [sum(rows, []) for rows in zip(*blocks)]
 
 
-def ends(left: Row, right: Row, width: int) -> Row:
-    """Left and right aligned on one row; the right part goes first when there is no room."""
-    room = width - sum(cell_len(text) for text, _ in left + right)
-    return fit(left + [(" " * room, "")] + right if room > 0 else left, width)
+def labelled(labels: Iterable[tuple[int, str]], width: int) -> str:
+    """Labels at their columns, the first ones first; one that would touch another is left out."""
+    line = [" "] * width
+    for x, label in labels:
+        x = max(0, min(x, width - len(label)))
+        if not "".join(line[max(0, x - 1) : x + len(label) + 1]).strip():
+            line[x : x + len(label)] = label
+    return "".join(line)[:width]
 
 
-def panel(title: str, draw: Callable[[int, int], list[Row]], width: int, height: int, look: Look,
-          right: str = "", foot: str = "", hot: bool = False) -> list[Row]:
-    """A box around what draw(width, height) returns; without the box where there is no room for one."""
+def panel(title: str, draw: Callable[[int, int], list[Row]] | str, width: int, height: int,
+          look: Look, right: str = "", foot: str = "", hot: bool = False) -> list[Row]:
+    """A box around draw(width, height) or one line of text; no box where there is no room for it."""
+    if isinstance(draw, str):
+        words, draw = draw, lambda w, h: [[(words, look.dim)]]
     if width < 24 or height < 4:
         return block(draw(width, height), width, height)
-    tl, h, tr, v, bl, br = look.glyph("box")
-    line, name = (look.sky if hot else look.line), (f"bold {look.fg}" if hot else look.dim)
+    line, name = (look.sky, f"bold {look.fg}") if hot else (look.line, look.dim)
 
-    def border(start: str, stop: str, words: str, more: str) -> Row:
-        words = set_cell_size(words, min(cell_len(words), width - 6))
-        more = more if cell_len(words) + cell_len(more) < width - 10 else ""
-        left = [(start + h, line)] + ([(f" {words} ", name)] if words else [])
-        tail = ([(f" {more} ", look.dim)] if more else []) + [(h + stop, line)]
-        room = width - sum(cell_len(text) for text, _ in left + tail)
-        return left + [(h * room, line)] + tail
+    def border(start: str, title: str, note: str, stop: str) -> Row:
+        title = f" {set_cell_size(title, min(cell_len(title), width - 6))} " if title else ""
+        note = f" {note} " if note and cell_len(title) + cell_len(note) < width - 8 else ""
+        fill = look("h") * (width - 4 - cell_len(title) - cell_len(note))
+        return [(start + look("h"), line), (title, name), (fill, line), (note, look.dim),
+                (look("h") + stop, line)]
 
+    side = look("v")
     inner = block(draw(width - 4, height - 2), width - 4, height - 2)
-    middle = [[(v + " ", line), *row, (" " + v, line)] for row in inner]
-    return [border(tl, tr, title, right), *middle, border(bl, br, "", foot)]
+    return [border(look("tl"), title, right, look("tr")),
+            *[[(side + " ", line), *row, (" " + side, line)] for row in inner],
+            border(look("bl"), "", foot, look("br"))]
 
 
 def num(value: float | None) -> str:
@@ -550,20 +567,27 @@ def num(value: float | None) -> str:
 
 
 def span(seconds: float) -> str:
-    minutes, s = divmod(int(seconds), 60)
-    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{s:02d}s" if minutes else f"{s}s"
+    minutes, rest = divmod(int(seconds), 60)
+    if minutes >= 2880:
+        return f"{minutes // 1440} days"
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{rest:02d}s" if (
+        minutes) else f"{rest}s"
 
 
 def clean(text: str) -> str:
-    """Text whose characters all have a known width; newlines stay."""
+    """Text in which every character has a known width; newlines stay."""
     if text.isascii() and text.isprintable():
         return text
-    text = text.replace("\t", "    ")
-    return "".join(c if c.isprintable() or c == "\n" else " " if c.isspace() else "" for c in text)
+    return "".join(c if c.isprintable() or c == "\n" else " " if c.isspace() else ""
+                   for c in text.replace("\t", "    "))
+
+
+def finite(values: Iterable[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
 
 
 def nice(low: float, high: float, ticks: int) -> tuple[float, float, float]:
-    """Round bounds and the step between ticks. Round bounds also keep an axis still while data grow."""
+    """Round bounds around a range and the step between ticks; being round, they seldom move."""
     if not high > low:
         low, high = low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5)
     raw = (high - low) / max(1, ticks)
@@ -572,102 +596,84 @@ def nice(low: float, high: float, ticks: int) -> tuple[float, float, float]:
     return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step, step
 
 
-def finite(values: Iterable[float]) -> list[float]:
-    return [value for value in values if math.isfinite(value)]
-
-
-# ---- the parts of a picture ----------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def slots(n: int, width: int) -> tuple[int, list[range]]:
-    """How n steps share `width` cells: cells a column, and the steps that each column stands for."""
+    """How n steps share `width` cells: cells a column, and the steps each column stands for."""
     if n <= width:
         return min(max(1, width // max(1, n)), 9), [range(i, i + 1) for i in range(n)]
-    return 1, [range(c * n // width, (c + 1) * n // width) for c in range(width)]
+    return 1, [range(c * n // width, (c + 1) * n // width) for c in range(max(1, width))]
+
+
+def step_labels(columns: list[range], left: int, pitch: int, every: int,
+                cursor: int | None = None) -> list[tuple[int, str]]:
+    """(x, label) under the denoising steps, the most important first."""
+    every = 1 if pitch >= 3 else every or max(1, columns[-1][-1] // 8)
+    marks = [(c, i) for c, steps in enumerate(columns) for i in steps if i % every == 0]
+    marks.insert(1, (len(columns) - 1, columns[-1][-1]))
+    marks = [(c, cursor) for c, steps in enumerate(columns) if cursor in steps] + marks
+    return [(left + c * pitch + max(0, pitch - 1 - len(str(i))) // 2, str(i)) for c, i in marks]
 
 
 def strip(entropy: Sequence[float], T: int, width: int, height: int, look: Look, *, K: int = 0,
           sel: Sequence[int] = (), share: Sequence[float] = (), maybe: bool = False,
-          t: int | None = None, tick: int = 0) -> list[Row]:
-    """Entropy of each denoising step as bars, a triangle under the selected ones, a cursor at t.
+          t: int | None = None, every: int = 0) -> list[Row]:
+    """Entropy of each denoising step as bars, triangles under the selected ones, a cursor at t.
 
-    `sel`: selected steps of one sample. `share`: instead, for each step, the share of the samples that
-    selected it. `maybe`: the selection is provisional. `tick`: steps between labels.
+    sel: the selected steps of one sample; share: for a batch, the share that selected each step;
+    maybe: the selection may still change; every: steps between labels.
     """
-    gutter = 6 if width > 30 else 0
-    high = nice(0, max(finite(entropy), default=1) or 1, 2)[1]
-    pitch, columns = slots(max(1, T), width - gutter)
-    wide = pitch - (pitch > 2)  # wide bars get a gap
-    values = []
-    for steps in columns:
-        seen = [entropy[i] for i in steps if i < len(entropy)]
-        values.append(max(finite(seen), default=math.nan) if seen else None)
-    bars = max(1, height - 2)
-    rows = []
+    left = 6 if width > 30 else 0
+    bars, high = max(1, height - 2), nice(0, max(finite(entropy), default=1), 4)[1]
+    pitch, columns = slots(max(1, T), width - left)
+    wide = pitch - (pitch > 2)  # a gap between bars that are wide enough
+    rows: list[Row] = []
     for r in range(bars):
         label = num(high) if r == 0 else "0" if r == bars - 1 else ""
-        row = [(f"{label:>{gutter - 2}}  ", look.dim)] if gutter else []
-        for value, steps in zip(values, columns):
-            ground = f" on {look.line}" if t in steps else ""
-            if value is None:
-                row.append(((look.glyph("dot") if r == bars - 1 else " ") * wide, look.line + ground))
-            elif math.isnan(value):
-                row.append(((look.glyph("bad") if r == bars - 1 else " ") * wide, look.orange + ground))
-            else:
-                level = round(value / high * bars * 8) - 8 * (bars - 1 - r)
-                level = max(level, int(r == bars - 1), 0)
-                row.append((look.eighths[min(8, level)] * wide, look.heat(value / high, 0.12) + ground))
-            row.append((" " * (pitch - wide), ""))
-        rows.append(row)
-    row = [(f"{f'K={K}' if K else '':<{gutter}}", look.mark)] if gutter else []
+        rows.append([(f"{label:>{left - 2}}  ", look.dim)] if left else [])
+        for steps in columns:
+            seen = [entropy[i] for i in steps if i < len(entropy)]
+            value = max(finite(seen), default=math.nan)
+            level = round(value / high * bars * 8) if seen and value == value else 0
+            level = max(level - 8 * (bars - 1 - r), int(r == bars - 1))
+            glyph = look("bars")[min(8, level) - 1] if level > 0 else " "
+            colour = look.heat(value / high, 0.12)
+            if value != value and r == bars - 1:  # not decoded yet, or not a number
+                glyph, colour = (look("bad"), look.orange) if seen else (look("dot"), look.mask)
+            rows[-1] += [(glyph * wide, colour + (f" on {look.line}" if t in steps else "")),
+                         (" " * (pitch - wide), "")]
+    row = [(f"{f'K={K}' if K else '':<{left}}", look.mark)] if left else []
     for steps in columns:
-        part = max((share[i] for i in steps if i < len(share)), default=float(any(i in sel for i in steps)))
-        glyph = look.glyph("maybe" if maybe else "sel") if part > 0 else " "
-        colour = mix(look.bg, look.mark, 0.25 + 0.75 * part)
-        row.append((glyph + " " * (pitch - 1) if pitch < 3 else f"{glyph:^{wide}} ", colour))
-    rows.append(row)
-    axis = [" "] * (gutter + pitch * len(columns) + 6)
-    for c, steps in enumerate(columns):
-        first, last = c == 0, steps[-1] == T - 1
-        if first or last or (tick and any(i % tick == 0 for i in steps)):
-            label = str(T - 1 if last else 0 if first else next(i for i in steps if i % tick == 0))
-            x = gutter + c * pitch + (max(0, (wide - len(label)) // 2) if pitch > 2 else 0)
-            if all(ch == " " for ch in axis[max(0, x - 1) : x + len(label) + 1]):
-                axis[x : x + len(label)] = label
-    row = [("".join(axis), look.dim)]
-    if t is not None and 0 <= t < T:
-        c = next(c for c, steps in enumerate(columns) if t in steps)
-        x = gutter + c * pitch + (max(0, (wide - len(str(t))) // 2) if pitch > 2 else 0)
-        text = "".join(axis)
-        row = [(text[: max(0, x - 1)] + " " * min(1, x), look.dim), (str(t), f"bold {look.fg}"),
-               (" " + text[x + len(str(t)) + 1 :], look.dim)]
-    rows.append(row)
-    return block(rows[:bars] + rows[bars : bars + 1 + (height > 2)], width, height)
+        part = max((share[i] for i in steps if i < len(share)), default=0.0)
+        part = part or float(any(i in sel for i in steps))
+        glyph = look("maybe" if maybe else "sel") if part > 0 else " "
+        row.append((f"{glyph:^{wide}}{'':{pitch - wide}}", mix(look.bg, look.mark, 0.2 + 0.8 * part)))
+    labels = step_labels(columns, left, pitch, every, t)
+    axis, here = labelled(labels, width), labels[0][1] if t is not None and 0 <= t < T else ""
+    x = min(labels[0][0], width - len(here)) if here else 0
+    rows += [row, [(axis[:x], look.dim), (here, f"bold {look.fg}"), (axis[x + len(here) :], look.dim)]]
+    return block(rows, width, height)
 
 
-def spark(values: Sequence[float], width: int, look: Look, colour: str) -> Row:
-    """The last iterations as a row of small bars; what is not a number stays visible."""
-    if width < 1 or not values:
-        return [(" " * max(0, width), "")]
-    values = values[-4 * width :]
-    pitch, columns = slots(len(values), width)
-    pitch = 1
-    means = [[values[i] for i in steps] for steps in columns]
-    low, high = min(finite(values), default=0), max(finite(values), default=1)
-    row = []
-    for group in means:
-        good = finite(group)
-        if len(good) < len(group):
-            row.append((look.glyph("bad"), look.orange))
+def spark(values: Sequence[float], width: int, look: Look) -> Row:
+    """The last values as small bars; one that is not a number stays visible."""
+    values = values[-4 * max(1, width) :]
+    low, high = min(finite(values), default=0.0), max(finite(values), default=0.0)
+    row: Row = []
+    for steps in slots(len(values), max(1, width))[1] if values else ():
+        group = finite(values[i] for i in steps)
+        if len(group) < len(steps):
+            row.append((look("bad"), look.orange))
         else:
-            x = (sum(good) / len(good) - low) / (high - low) if high > low else 0.3
-            row.append((look.eighths[1 + round(7 * x)] * pitch, colour))
+            x = (sum(group) / len(group) - low) / (high - low) if high > low else 0.3
+            row.append((look("bars")[round(7 * x)], look.sky))
     return fit(row, width)
 
 
 @dataclass
 class Curve:
-    """A line of a chart. A faint curve is the unsmoothed data behind another."""
+    """A line of a chart; `faint` ones are unconnected dots behind the others."""
 
     label: str
     its: Sequence[int]
@@ -676,8 +682,121 @@ class Curve:
     faint: bool = False
 
 
+DOTS = {"braille": (2, 4), "block": (2, 2), "ascii": (1, 1)}  # across and down in a cell
+BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+QUADRANT = " ▘▝▀▖▌▞▛▗▚▐▜▄▙▟█"
+
+
+class Canvas:
+    """A grid of dots, several to a character."""
+
+    def __init__(self, width: int, height: int, look: Look):
+        self.look, (self.dx, self.dy) = look, DOTS[look.glyphs]
+        self.width, self.height = width, height
+        self.bits: dict[tuple[int, int], tuple[int, str]] = {}
+        self.marks: dict[tuple[int, int], tuple[str, str]] = {}  # characters over the dots
+
+    def dot(self, x: int, y: int, colour: str) -> None:
+        place = x // self.dx, y // self.dy
+        bit = BRAILLE[y % 4][x % 2] if self.dy == 4 else 1 << (y % self.dy * 2 + x % self.dx)
+        self.bits[place] = self.bits.get(place, (0, ""))[0] | bit, colour
+
+    def join(self, points: Sequence[tuple[int, int]], colour: str) -> None:
+        """A line through points, left to right."""
+        x0, y0 = points[0]
+        self.dot(x0, y0, colour)
+        for x1, y1 in points[1:]:
+            before = y0
+            for x in range(x0 + 1, x1 + 1):
+                y = round(y0 + (y1 - y0) * (x - x0) / (x1 - x0))
+                for between in range(min(before + 1, y), max(before - 1, y) + 1):
+                    self.dot(x, between, colour)
+                before = y
+            x0, y0 = x1, y1
+
+    def row(self, y: int) -> Row:
+        row: Row = []
+        for x in range(self.width):
+            bits, colour = self.bits.get((x, y), (0, ""))
+            glyph = " " if not bits else chr(0x2800 + bits) if self.dy == 4 else "*"
+            row.append(self.marks.get((x, y), (QUADRANT[bits] if self.dy == 2 else glyph, colour)))
+        return row
+
+
+def chart(curves: Sequence[Curve], width: int, height: int, look: Look, *, log: bool = False,
+          points: Sequence[tuple[int, float]] = (), cursor: int | None = None) -> list[Row]:
+    """Curves over iterations, each named at its right end. `points` are marked; so, on the bottom
+    row, is every value that is not a number."""
+    def scale(value: float) -> float:
+        return value if not log else math.log10(value) if value > 0 else math.nan
+
+    curves = [replace(c, values=[scale(v) for v in c.values]) for c in curves if len(c.its)]
+    points = [(it, scale(value)) for it, value in points if math.isfinite(scale(value))]
+    its = [it for c in curves for it in (c.its[0], c.its[-1])] + [it for it, _ in points]
+    if not its or width < 4 or height < 2:
+        return block([[("no data yet", look.dim)]], width, height)
+    named = [c for c in curves if c.label and finite(c.values)]
+    left = 7 if width >= 30 else 0
+    right = min(20, max((cell_len(c.label) for c in named), default=-1) + 1) if width >= 44 else 0
+    w, h, first, last = max(1, width - left - right), height - 1, min(its), max(its)
+    shown = finite([v for c in curves for v in c.values] + [v for _, v in points])
+    low, high, tick = nice(min(shown, default=0), max(shown, default=1), max(1, min(5, h // 3)))
+    canvas = Canvas(w, h, look)
+
+    def across(it: int) -> int:
+        return round((it - first) / max(1, last - first) * (w * canvas.dx - 1))
+
+    def down(value: float) -> int:
+        return round((high - value) / (high - low) * (h * canvas.dy - 1))
+
+    for curve in sorted(curves, key=lambda c: not c.faint):
+        columns: dict[int, list[float]] = {}
+        for it, value in zip(curve.its, curve.values):
+            if math.isfinite(value):
+                columns.setdefault(across(it), []).append(value)
+            elif not log:
+                canvas.marks[across(it) // canvas.dx, h - 1] = look("bad"), f"bold {look.orange}"
+        if curve.faint:
+            for x, values in columns.items():
+                for value in values:
+                    canvas.dot(x, down(value), mix(look.bg, curve.colour, 0.35))
+        elif columns:
+            canvas.join([(x, down(statistics.fmean(v))) for x, v in columns.items()], curve.colour)
+    for it, value in points:
+        place = across(it) // canvas.dx, down(value) // canvas.dy
+        canvas.marks[place] = look("eval"), f"bold {look.mark}"
+    if cursor is not None and first <= cursor <= last:
+        x = across(cursor) // canvas.dx
+        for y, row in enumerate(map(canvas.row, range(h))):
+            canvas.marks[x, y] = row[x][0], (row[x][1] or look.dim) + f" on {look.line}"
+
+    digits = max(0, math.ceil(-math.log10(tick) - 1e-9) + (f"{tick:e}"[:3] == "2.5"))
+    ticks = {}
+    for i in range(round((high - low) / tick) + 1):
+        value = low + i * tick
+        short = log or digits > 4 or abs(high) >= 1e5
+        ticks[down(value) // canvas.dy] = num(10**value if log else value) if short else f"{value:.{digits}f}"
+    names: dict[int, Curve] = {}
+    for curve in sorted(named, key=lambda c: -finite(c.values)[-1]):
+        y = down(finite(curve.values)[-1]) // canvas.dy
+        free = [row for row in range(h) if row not in names]
+        if free:
+            names[min(free, key=lambda row: (abs(row - y), row))] = curve
+    rows = []
+    for y in range(h):
+        rail = look("edge") if y in ticks else look("v")
+        row = [(f"{ticks.get(y, ''):>{left - 1}}{rail}", look.dim)] if left else []
+        name = [(" " + names[y].label, names[y].colour)] if right and y in names else []
+        rows.append(row + canvas.row(y) + name)
+    every = max(1, round(nice(0, max(1, last - first), max(1, w // 8))[2]))
+    labels = [first, last, *range(first - first % every + every, last, every)]
+    axis = labelled([(left + across(it) // canvas.dx - len(str(it)) // 2 * (it != first), str(it))
+                     for it in labels], left + w)
+    return block(rows + [[(axis, look.dim)]], width, height)
+
+
 def smooth(values: Sequence[float], weight: float) -> list[float]:
-    """Exponential mean without the bias of its start; gaps stay gaps."""
+    """Exponential mean, without the bias of its start; gaps stay gaps."""
     out, mean, norm = [], 0.0, 0.0
     for value in values:
         if math.isfinite(value):
@@ -686,192 +805,78 @@ def smooth(values: Sequence[float], weight: float) -> list[float]:
     return out
 
 
-DOTS = {"braille": (2, 4), "block": (2, 2), "ascii": (1, 1)}
-BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-QUADRANT = " ▘▝▀▖▌▞▛▗▚▐▜▄▙▟█"
-
-
-def chart(curves: Sequence[Curve], width: int, height: int, look: Look, *, log: bool = False,
-          points: Sequence[tuple[int, float]] = (), t: int | None = None) -> list[Row]:
-    """Curves over iterations, each named at its right end; `points` are marked, `t` is a cursor.
-
-    A value that is not a number is marked on the bottom row, where it cannot be missed.
-    """
-    def scale(value: float) -> float:
-        return value if not log else math.log10(value) if value > 0 else math.nan
-
-    curves = [replace(c, values=[scale(v) for v in c.values]) for c in curves if len(c.its)]
-    points = [(it, scale(value)) for it, value in points]
-    shown = finite([v for c in curves for v in c.values] + [v for _, v in points])
-    if not curves or width < 4 or height < 2:
+def carpet(data: Sequence[Sequence[float]], its: Sequence[int], width: int, height: int, look: Look,
+           high: float, *, it: int | None = None, left: int = 7, every: int = 0) -> list[Row]:
+    """Values as colours, iterations down and denoising steps across, two iterations to a row."""
+    T = max((len(row) for row in data), default=0)
+    if not T or width < left + 2 or height < 2:
         return block([[("no data yet", look.dim)]], width, height)
-    names = [c for c in curves if c.label and not c.faint]
-    gutter = 7 if width >= 30 else 0
-    margin = min(14, max((cell_len(c.label) for c in names), default=-1) + 1) if width >= 44 else 0
-    w, h = max(1, width - gutter - margin), height - 1
-    low, high, step = nice(min(shown, default=0), max(shown, default=1), max(1, min(5, h // 2)))
-    first = min([c.its[0] for c in curves] + [it for it, _ in points])
-    last = max([c.its[-1] for c in curves] + [it for it, _ in points])
-    dx, dy = DOTS[look.glyphs]
-
-    def column(it: int) -> int:
-        return round((it - first) / max(1, last - first) * (w * dx - 1))
-
-    def line(value: float) -> int:
-        return round((high - value) / (high - low) * (h * dy - 1))
-
-    cells: dict[tuple[int, int], list] = {}
-
-    def dot(x: int, y: int, colour: str) -> None:
-        cell = cells.setdefault((x // dx, y // dy), [0, colour])
-        bit = BRAILLE[y % 4][x % 2] if dy == 4 else 1 << (y % 2 * 2 + x % 2)
-        cell[:] = [cell[0] | bit, colour]
-
-    grid = [[(" ", "")] * w for _ in range(h)]
-    for curve in curves:
-        colour = mix(look.bg, curve.colour, 0.35) if curve.faint else curve.colour
-        heights: dict[int, list[float]] = {}
-        for it, value in zip(curve.its, curve.values):
-            if math.isfinite(value):
-                heights.setdefault(column(it), []).append(value)
-                if curve.faint:
-                    dot(column(it), line(value), colour)
-            elif not curve.faint and not log:
-                grid[h - 1][column(it) // dx] = (look.glyph("bad"), f"bold {look.orange}")
-        before = None
-        for x in sorted(heights if not curve.faint else ()):
-            y = line(sum(heights[x]) / len(heights[x]))
-            x0, y0 = before or (x, y)
-            for step_x in range(x0, x + 1):  # join the points, upright where it is steep
-                a = y0 + (y - y0) * (step_x - x0) / max(1, x - x0)
-                b = y0 + (y - y0) * min(step_x + 1 - x0, x - x0) / max(1, x - x0)
-                for step_y in range(round(min(a, b)), round(max(a, b)) + 1):
-                    dot(step_x, step_y, colour)
-            before = x, y
-    for (x, y), (bits, colour) in cells.items():
-        glyph = chr(0x2800 + bits) if dy == 4 else QUADRANT[bits] if dy == 2 else "*"
-        if grid[y][x][0] == " ":
-            grid[y][x] = (glyph, colour)
-    for it, value in points:
-        if math.isfinite(value):
-            grid[line(value) // dy][column(it) // dx] = (look.glyph("eval"), f"bold {look.mark}")
-    if t is not None and first <= t <= last:
-        x = column(t) // dx
-        for y in range(h):
-            grid[y][x] = (grid[y][x][0], (grid[y][x][1] or look.dim) + f" on {look.line}")
-    ticks = {line(low + i * step) // dy: low + i * step for i in range(round((high - low) / step), -1, -1)}
-    labels = place([(line(finite(c.values)[-1]) // dy, c) for c in names if finite(c.values)], h)
-    rows = []
-    for y in range(h):
-        value = ticks.get(y)
-        text = "" if value is None else num(10 ** value if log else 0.0 if abs(value) < step / 1e6 else value)
-        axis = [(f"{text:>{gutter - 1}}" + look.glyph("edge" if text else "rail"), look.dim)] if gutter else []
-        name = [(" " + labels[y].label, labels[y].colour)] if margin and y in labels else []
-        rows.append(fit(axis + grid[y] + name, width))
-    start, stop = str(first), str(last)
-    marks = [start] + [str(first + (last - first) * i // 4) for i in (1, 2, 3)] + [stop]
-    axis = [" "] * width
-    for text in [start, stop] + marks[1:-1] if last > first else [start]:
-        x = gutter + min(w - len(text), max(0, column(int(text)) // dx - (len(text) // 2 if text != start else 0)))
-        if x >= 0 and all(ch == " " for ch in axis[max(0, x - 2) : x + len(text) + 2]):
-            axis[x : x + len(text)] = text
-    return block(rows + [[("".join(axis), look.dim)]], width, height)
-
-
-def place(wanted: list[tuple[int, Curve]], height: int) -> dict[int, Curve]:
-    """A row for each label: the wanted one, or the nearest that is free."""
-    rows: dict[int, Curve] = {}
-    for y, curve in sorted(wanted, key=lambda pair: pair[0]):
-        free = [row for row in range(height) if row not in rows]
-        if free:
-            rows[min(free, key=lambda row: (abs(row - y), row))] = curve
-    return rows
-
-
-def carpet(data: Sequence[Sequence[float]], its: Sequence[int], width: int, height: int, look: Look, *,
-           high: float, it: int | None = None, gutter: int = 7, tick: int = 0) -> list[Row]:
-    """Rows of values as colours, iterations down and denoising steps across: two of them a cell row."""
-    h, T = max(1, height - 1), max((len(row) for row in data), default=0)
-    if not T or width < gutter + 2:
-        return block([[("no data yet", look.dim)]], width, height)
-    pitch, columns = slots(T, width - gutter)
+    pitch, columns = slots(T, width - left)
     half = 1 if look.glyphs == "ascii" else 2
-    total = min(h * half, len(data) * 4 * half)
-    bins = [range(r * len(data) // total, max(r * len(data) // total + 1, (r + 1) * len(data) // total))
-            for r in range(total)]
+    total, n = min((height - 1) * half, len(data) * 4 * half), len(data)
+    groups = [range(r * n // total, max(r * n // total + 1, (r + 1) * n // total)) for r in range(total)]
 
     def level(group: range, steps: range) -> float:
         values = finite(data[r][i] for r in group for i in steps if i < len(data[r]))
-        return sum(values) / len(values) / high if values and high else math.nan
+        return sum(values) / len(values) / high if values else math.nan
 
-    shares = [[level(group, steps) for steps in columns] for group in bins]
+    levels = [[level(group, steps) for steps in columns] for group in groups]
     rows = []
     for y in range(0, total, half):
-        here = it is not None and any(it == its[r] for group in bins[y : y + half] for r in group)
-        label = (look.glyph("here") if here else " ") + f"{its[bins[y][0]]:>{gutter - 3}}  "
-        row = [(label, f"bold {look.fg}" if here else look.dim)] if gutter else []
-        under = shares[y + 1] if half == 2 and y + 1 < total else [math.nan] * len(columns)
-        for top, bottom in zip(shares[y], under):
+        here = it is not None and any(it == its[r] for group in groups[y : y + half] for r in group)
+        label = str(it) if here else str(its[groups[y][0]]) if y // half % 3 == 0 else ""
+        row = [(f"{look('here') if here else ' '}{label:>{left - 3}}  ",
+                f"bold {look.fg}" if here else look.dim)] if left else []
+        for c, top in enumerate(levels[y]):
+            bottom = levels[y + 1][c] if half == 2 and y + 1 < total else math.nan
+            colour = look.heat(top) if top == top else look.bg
             if half == 1:
-                text, style = (" .:-=+*#%@"[min(9, int(9 * max(0, top)))] if top == top else look.glyph("bad"), look.ink(top))
-            elif math.isnan(top) and math.isnan(bottom):
-                text, style = " ", ""
+                row.append((" .:-=+*#%@"[round(9 * min(1, top))] * pitch if top == top else "x" * pitch,
+                            look.ink(top)))
             else:
-                ground = f" on {look.heat(bottom)}" if bottom == bottom else ""
-                text, style = "▀", (look.heat(top) if top == top else look.bg) + ground
-            row.append((text * pitch, style))
+                row.append(("▀" * pitch, f"{colour} on {look.heat(bottom) if bottom == bottom else look.bg}"))
         rows.append(row)
-    axis = [" "] * (width + 6)
-    for c, steps in enumerate(columns):
-        if c == 0 or (tick and any(i % tick == 0 for i in steps)):
-            label = str(0 if c == 0 else next(i for i in steps if i % tick == 0))
-            x = gutter + c * pitch
-            if all(ch == " " for ch in axis[max(0, x - 1) : x + len(label)]):
-                axis[x : x + len(label)] = label
-    return block(rows + [[("".join(axis), look.dim)]], width, height)
+    axis = labelled(step_labels(columns, left, pitch, every), width)
+    return block(rows + [[(axis, look.dim)]], width, height)
+
+
+# ---- a trajectory --------------------------------------------------------------------------------
 
 
 def token_style(sample: Sample, i: int, t: int, look: Look, colour: str) -> str:
-    """How position i looks after step t, given that it is revealed."""
-    if sample.rev[i] == t and (t < sample.T - 1 or sample.live):
+    """How position i looks after step t once it is revealed; what t itself revealed stands out."""
+    if sample.rev[i] == t:
         return f"bold {look.bg} on {look.mark}"
     if colour == "none":
         return look.fg
-    share = sample.rev[i] / max(1, sample.T - 1) if colour == "step" else sample.tent[i] / 125
-    return look.ink(share)
+    return look.ink(sample.rev[i] / max(1, sample.T - 1) if colour == "step" else sample.tent[i] / 125)
 
 
 def prose(sample: Sample, t: int, width: int, height: int, look: Look, colour: str = "step",
-         guess: Sequence[str] = ()) -> list[Row]:
-    """The completion after step t. What is hidden is hatched, as wide as what will appear there;
-    or, with `guess`, filled with that one-step completion."""
+          guess: Sequence[str] = ()) -> list[Row]:
+    """The completion after step t as text. What is hidden is hatched, as wide as what will be there;
+    or it shows `guess`, a one-step completion."""
     rows: list[Row] = [[]]
-    x = focus = 0
+    focus = 0
     for i, token in enumerate(sample.at(t)):
-        if token is None and sample.rev[i] >= sample.T and not sample.live:
-            continue  # the row had ended: this position never was decoded
         if token is not None:
             body, style = clean(token), token_style(sample, i, t, look, colour)
+        elif sample.rev[i] >= sample.T and not sample.live:
+            continue  # the row had ended: this position was never decoded
         elif i < len(guess):
             body, style = clean(str(guess[i])), f"italic {look.sky} on {look.veil}"
         else:
-            body = re.sub(r"[^\n]", "░", clean(sample.tok[i])) or "░░"
-            body, style = body.replace("░", look.glyph("mask")), f"{look.mask} on {look.veil}"
+            body = re.sub(r"[^\n]", look("mask").replace("\\", ""), clean(sample.tok[i])) or look("mask") * 2
+            style = f"{look.mask} on {look.veil}"
         for k, piece in enumerate(body.split("\n")):
-            if k:
+            if k or (rows[-1] and cells(rows[-1]) + cell_len(piece) > width):
                 rows.append([])
-                x = 0
-            if x and x + cell_len(piece) > width:
-                rows.append([])
-                x = 0
-            while cell_len(piece) > width > 1:
-                head = set_cell_size(piece, width).rstrip()
+            while cell_len(piece) > width > 1:  # longer than a line
+                head = set_cell_size(piece, width).rstrip(" ") or piece[0]
                 rows[-1].append((head, style))
                 rows.append([])
-                piece = piece[len(head) :] if head else ""
-            if piece:
-                rows[-1].append((piece, style))
-                x += cell_len(piece)
+                piece = piece[len(head) :]
+            rows[-1].append((piece, style))
         if token is not None and sample.rev[i] == t:
             focus = len(rows) - 1
     top = max(0, min(focus - height // 2, len(rows) - height))  # keep what is new in sight
@@ -881,34 +886,72 @@ def prose(sample: Sample, t: int, width: int, height: int, look: Look, colour: s
 def mosaic(sample: Sample, t: int, width: int, height: int, look: Look, size: int,
            colour: str = "step") -> list[Row]:
     """Every position as a cell, a row for each decoding block: where the text is filled in."""
-    gutter = 5 if width > 20 else 0
-    size = max(1, min(size or 32, width - gutter))
-    pitch = min(3, (width - gutter) // size)
-    rows = []
-    state = sample.at(t)
+    left = 5 if width > 20 else 0
+    size = max(1, min(size or 32, width - left))
+    pitch = max(1, min(3, (width - left) // size))
+    rows, state = [], sample.at(t)
     for start in range(0, len(state), size):
-        row = [(f"{start:>{gutter - 2}}  ", look.dim)] if gutter else []
+        rows.append([(f"{start:>{left - 2}}  ", look.dim)] if left else [])
         for i in range(start, min(start + size, len(state))):
+            glyph, style = look("full") * pitch, token_style(sample, i, -1, look, colour)
             if state[i] is None:
                 never = sample.rev[i] >= sample.T and not sample.live
-                row.append(((" " if never else look.glyph("dot")) * pitch, look.mask))
-            elif sample.rev[i] == t and (t < sample.T - 1 or sample.live):
-                row.append((f"{look.glyph('new'):^{pitch}}", f"bold {look.mark}"))
+                glyph, style = (" " if never else look("dot")) * pitch, look.mask
+            elif sample.rev[i] == t:
+                glyph, style = f"{look('new'):^{pitch}}", f"bold {look.mark}"
+            rows[-1].append((glyph, style))
+    focus = next((i for i, when in enumerate(sample.rev) if when == t), 0) // size
+    return block(rows[max(0, min(focus - height // 2, len(rows) - height)) :], width, height)
+
+
+def token_widths(sample: Sample) -> list[int]:
+    return [max(1, cell_len(clean(token).replace("\n", "+"))) for token in sample.tok]
+
+
+def film(sample: Sample, t: int, width: int, height: int, look: Look, colour: str = "step",
+         guess: bool = False) -> list[Row]:
+    """All steps of a short completion under one another: a row a step, a column a position."""
+    widths, rows, last = token_widths(sample), [], len(sample.ent) if sample.live else sample.T
+    gap = " " * (sum(widths) + len(widths) + 44 <= width)
+    for when in range(last):
+        k = sample.sel.index(when) if when in sample.sel else -1
+        ground = f" on {look.line}" if when == t else ""
+        row = [(f"{when:>3} ", (f"bold {look.fg}" if when == t else look.dim) + ground),
+               ((look("sel") if k >= 0 else " ") + " ", look.mark + ground)]
+        shown = sample.x0[k] if guess and 0 <= k < len(sample.x0) else ()
+        for i, token in enumerate(sample.at(when)):
+            if token is not None:
+                body, style = token, token_style(sample, i, when, look, colour)
+            elif i < len(shown):
+                body, style = str(shown[i]), f"italic {look.sky} on {look.veil}"
             else:
-                style = token_style(sample, i, -1, look, colour)
-                row.append((look.glyph("full") * pitch, style))
-        rows.append(row)
-    top = max(0, min(len(rows) - height, next((i for i, r in enumerate(sample.rev) if r == t), 0) // size))
+                never = sample.rev[i] >= sample.T and not sample.live
+                body, style = (" " if never else look("mask")) * widths[i], f"{look.mask} on {look.veil}"
+            row += [(set_cell_size(clean(body).replace("\n", look("nl")), widths[i]), style), (gap, "")]
+        rows.append(row + [("  ", "")] + credit(sample, k, look))
+    top = max(0, min(t - height // 2, last - height))
     return block(rows[top:], width, height)
 
 
-# ---- the screen ----------------------------------------------------------------------------------
+def credit(sample: Sample, k: int, look: Look) -> Row:
+    """What training made of the k-th selected step."""
+    row: Row = []
+    for name, values in (("adv", sample.adv), ("guess", sample.srw), ("ratio", sample.ratio)):
+        if 0 <= k < len(values):
+            value = number(values[k])
+            sign = "+" if name == "adv" and value > 0 else ""
+            row += [(f" {name} ", look.dim), (f"{sign + num(value):<6}", f"bold {look.fg}")]
+    return row
 
-VIEWS = ["overview", "entropy", "trajectory", "samples", "curves", "run"]
-CURATED = ["reward/mean", "reward/correct", "reward/solved", "kl", "clip_frac", "loss", "grad_norm",
-           "entropy/mean", "entropy/sel", "tok_s"]
-HEALTH = ["reward/mean", "kl", "clip_frac", "ratio/max", "grad_norm", "entropy/mean", "entropy/sel",
-          "zero_adv_frac", "len/mean", "trunc_frac", "loss", "adv/abs", "t/total", "mem/peak_gb", "tok_s"]
+
+# ---- screens -------------------------------------------------------------------------------------
+
+VIEWS = ("overview", "entropy", "trajectory", "samples", "curves", "run")
+CURATED = ("reward/mean", "reward/correct", "reward/solved", "kl", "clip_frac", "loss", "grad_norm",
+           "entropy/mean", "entropy/sel", "tok_s")
+HEALTH = ("reward/mean", "kl", "clip_frac", "ratio/max", "grad_norm", "entropy/mean", "entropy/sel",
+          "zero_adv_frac", "len/mean", "trunc_frac", "loss", "adv/abs", "t/total", "mem/peak_gb",
+          "tok_s")
 SMOOTH = (0.0, 0.6, 0.8, 0.95)
 COLOURS = ("step", "entropy", "none")
 SORTS = ("newest", "reward", "length")
@@ -916,9 +959,9 @@ SORTS = ("newest", "reward", "length")
 
 @dataclass
 class View:
-    """What is looked at, and how: all that keys can change."""
+    """What is looked at and how: all that keys can change."""
 
-    view: int = 1
+    number: int = 1
     it: int | None = None  # None: the newest
     s: int = 0  # sample of that iteration
     t: int | None = None  # denoising step; None: the last
@@ -933,375 +976,359 @@ class View:
     filter: str = ""
     typing: bool = False
     zoom: bool = False
-    pick: int = 0  # chart of view 5, run of a comparison, scroll of view 6
-    focus: int = 0  # the run shown, of several
     help: bool = False
+    pick: int = 0  # chart of view 5, scrolled lines of view 6 and of the help
+    run: int = 0  # of several
     note: str = ""
     look: Look = Look()
 
 
-def key_at(view: View, log: Log) -> tuple[int, int] | None:
-    """The sample that is looked at: (it, s)."""
+def key_of(view: View, log: Log) -> tuple[int, int] | None:
+    """(it, s) of the sample that is looked at: the nearest that was logged."""
     samples = log.run.samples
     if not samples:
         return None
-    it = max(samples)[0] if view.it is None else view.it
-    near = min({key[0] for key in samples}, key=lambda k: (abs(k - it), k)) if (it, 0) not in samples else it
-    rows = sorted(s for i, s in samples if i == near)
-    return near, rows[min(view.s, len(rows) - 1)]
+    it = max(samples) if view.it is None else min(samples, key=lambda k: (abs(k - view.it), k))
+    return it, min(samples[it], key=lambda s: (abs(s - view.s), s))
 
 
-def current(view: View, log: Log) -> Sample | None:
-    """The trajectory on the screen: the rollout in progress when following, else a logged sample."""
+def on_screen(view: View, log: Log) -> Sample | None:
+    """The rollout in progress while following, else a logged sample."""
     live = log.run.live() if view.follow and log.status()[0] in ("live", "quiet") else None
-    key = key_at(view, log)
-    return live or (log.sample(key) if key else None)
+    key = key_of(view, log)
+    return live or (log.sample(*key) if key else None)
 
 
 def step_of(view: View, sample: Sample) -> int:
     last = (len(sample.ent) if sample.live else sample.T) - 1
-    return last if view.t is None or sample.live else max(0, min(view.t, last))
-
-
-def block_steps(run: Run) -> int:
-    """Denoising steps of one block."""
-    T, C, size = run.size("T"), run.size("C"), run.size("block")
-    return T * size // C if C and size else 0
+    return last if view.t is None or sample.live else max(-1, min(view.t, last))
 
 
 def header(view: View, log: Log, width: int) -> Row:
+    """State, name, progress and pace on one row; what does not fit goes, from the right."""
     run, look, (state, age) = log.run, view.look, log.status()
-    glyph, plain, colour = STATUS.get(state, STATUS["finished"])
-    iters, done = run.size("iters"), run.done
-    seconds, eta = run.latest("t/total"), run.latest("eta_s")
-    if state in ("live", "quiet") and eta is None and seconds and iters:
-        eta = (iters - done) * seconds
-    live = run.live() if state in ("live", "quiet") else None
+    glyph, plain_glyph, *colour = STATUS.get(state, STATUS["finished"])
+    going, iters = state in ("live", "quiet"), run.size("iters")
+    seconds, left = run.latest("t/total"), run.latest("eta_s")
+    if left is None and seconds and iters:
+        left = (iters - run.done) * seconds
+    live = run.live() if going else None
     phase = f"{run.phase} {len(live.ent)}/{live.T}" if live else run.phase
-    memory, evals = run.latest("mem/peak_gb"), list(run.evals.values())
-    accuracy = evals[-1].get("accuracy", evals[-1].get("acc")) if evals else None
-    parts: list[Row] = [
-        [(f" {plain if look.glyphs == 'ascii' else glyph} {state}", f"bold {getattr(look, colour)}")]
-        + ([(f" {span(age)} ago", look.dim)] if age >= 5 and state in ("live", "quiet") else []),
-        [(clean(log.name), f"bold {look.fg}")]]
+    sign = plain_glyph if look.glyphs == "ascii" else glyph
+    parts = [[(f" {sign} {state}", f"bold {getattr(look, ''.join(colour))}")],
+             [(log.name, f"bold {look.fg}")]]
+    if going and age >= 5:
+        parts[0].append((f" {span(age)} ago", look.dim))
     if iters:
-        n = min(18, max(0, width // 6 - 4))
-        full = round(n * min(1.0, done / iters))
-        parts.append([(look.glyph("done") * full, look.sky), (look.glyph("todo") * (n - full), look.line),
-                      (f" {done}/{iters}", look.fg)])
-    if state in ("live", "quiet"):
-        parts += [[(f"ETA {span(eta)}", look.fg)]] * (eta is not None) + [[(phase, look.mark)]] * bool(phase)
-    if accuracy is not None:
-        parts.append([("eval ", look.dim), (f"{accuracy:.1%}", f"bold {look.fg}")])
-    for value, unit in ((seconds, "s/it"), (run.latest("tok_s"), "tok/s"), (memory, "GB")):
-        parts += [[(f"{num(value)} {unit}", look.dim)]] * (value is not None)
-    parts.append([(clean(f"{Path(str(run.meta.get('model', ''))).name} {run.meta.get('task', '')}".strip()), look.dim)])
+        size = max(0, min(18, width // 6 - 4))
+        full = round(size * min(1.0, run.done / iters))
+        parts.append([(look("done") * full, look.sky), (look("todo") * (size - full), look.line),
+                      (f" {run.done}/{iters}", look.fg)])
+    if going and left is not None and math.isfinite(left):
+        parts.append([(f"ETA {span(left)}", look.fg)])
+    if going and phase:
+        parts.append([(phase, look.mark)])
+    if run.evals:
+        parts.append([("eval ", look.dim), (f"{run.evals[max(run.evals)]['accuracy']:.1%}", look.fg)])
+    for value, unit in ((seconds, "s/it"), (run.latest("tok_s"), "tok/s"), (run.latest("mem/peak_gb"), "GB")):
+        if value is not None:
+            parts.append([(f"{num(value)} {unit}", look.dim)])
+    model = Path(str(run.meta.get("model", ""))).name
+    parts.append([(clean(f"{model} {run.meta.get('task', '')}".strip()), look.dim)])
     row: Row = []
-    for part in parts:  # what does not fit goes, from the right
-        if row and sum(cell_len(text) for text, _ in row + part) + 2 > width:
+    for part in parts:
+        if row and cells(row + part) + 2 > width:
             break
-        row += ([("  ", "")] if row else []) + part
+        row += [("  ", "")] * bool(row) + part
     return [(text, f"{style or look.fg} on {look.bar}") for text, style in fit(row, width)]
 
 
-def footer(view: View, logs: Sequence[Log], width: int) -> Row:
+HINTS = {2: "up/down iteration", 4: "j/k row  s sort  / filter  enter open",
+         5: "j/k chart  enter zoom  / filter  s smooth  y log", 6: "j/k scroll  n alert"}
+
+
+def footer(view: View, log: Log, width: int) -> Row:
     look = view.look
     if view.typing or view.filter:
         row = [(f" /{view.filter}", f"bold {look.fg}"), ("_" if view.typing else "  esc clears", look.dim)]
     elif view.note:
         row = [(f" {view.note}", look.orange)]
     else:
-        words = [("1-6", VIEWS[view.view - 1])] if width < 90 else list(zip("123456", VIEWS))
-        words += {3: [("←→", "step"), ("n", "next chosen"), ("space", "play"), ("x", "guess"), ("j/k", "sample")],
-                  2: [("↑↓", "iteration"), ("←→", "step")], 4: [("j/k", "row"), ("s", "sort"), ("enter", "open")],
-                  5: [("j/k", "chart"), ("enter", "zoom"), ("/", "filter"), ("s", "smooth"), ("y", "log")]}.get(
-            view.view, [("←→", "step"), ("n", "next chosen"), ("space", "play"), ("j/k", "sample")])
-        words += [("f", "follow on" if view.follow else "follow off"), ("?", "help"), ("q", "quit")]
-        if look.glyphs == "ascii":
-            words = [(key.replace("←→", "h/l").replace("↑↓", "j/k"), word) for key, word in words]
+        names = [f"{i} {name}" for i, name in enumerate(VIEWS, 1)]
+        names = names if width >= 90 else [f"1-6 {VIEWS[view.number - 1]}"]
+        hints = HINTS.get(view.number, "h/l step  n chosen  space play  j/k sample  x guess").split("  ")
         row = []
-        for key, word in words:
-            here = key.isdigit() and view.view == int(key)
-            part = [(f" {key} ", f"bold {look.orange}"), (word + " ", f"bold {look.fg}" if here else look.dim)]
-            if sum(cell_len(text) for text, _ in row + part) <= width:
-                row += part
+        for hint in [*names, *hints, f"f follow {'on' if view.follow else 'off'}", "? help", "q quit"]:
+            key, word = hint.split(" ", 1)
+            here = word == VIEWS[view.number - 1]
+            part = [(f" {key} ", f"bold {look.orange}"), (f"{word} ", f"bold {look.fg}" if here else look.dim)]
+            row += part if cells(row + part) <= width else []
     return [(text, f"{style or look.fg} on {look.bar}") for text, style in fit(row, width)]
 
 
 def strip_panel(view: View, log: Log, sample: Sample | None, width: int, height: int) -> list[Row]:
-    """Entropy per step of what is on the screen: this sample in view 3, else the batch."""
-    run, look = log.run, view.look
-    T, K, tick = run.size("T"), run.size("K"), block_steps(run)
+    """Entropy per step: of the rollout in progress, of one sample, or of an iteration's batch."""
+    run, look, sep = log.run, view.look, view.look("sep")
+    T, K, C = run.size("T"), run.size("K"), run.size("C")
+    every = T * run.size("block") // C if C else 0  # steps of a block
+    title, right = f"entropy per denoising step {sep} iteration ", f"{look('sel')} gets the gradient"
+    options: dict = {}
     if sample and sample.live:
-        top = sorted(range(len(sample.ent)), key=lambda i: -sample.ent[i])[:K]
-        title, right = f"entropy per denoising step {look.glyph('sep')} rollout {sample.it}, live", "top-K so far"
-        args = dict(sel=top, maybe=True, t=len(sample.ent) - 1)
-        entropy = sample.ent
-    elif sample and (view.view == 3 or view.t is not None):
-        title = f"entropy per denoising step {look.glyph('sep')} iteration {sample.it}, sample {sample.s}"
-        right, entropy, K = f"{look.glyph('sel')} gets the gradient", sample.ent, len(sample.sel)
-        args = dict(sel=sample.sel, t=step_of(view, sample))
+        entropy, t = sample.ent, len(sample.ent) - 1
+        known = [i for i in range(len(entropy)) if math.isfinite(entropy[i])]
+        options = dict(sel=sorted(known, key=lambda i: -entropy[i])[:K], maybe=True, t=t)
+        title, right = f"{title}{sample.it}, rolling out", f"{look('maybe')} top {K} so far"
+    elif sample and (view.number == 3 or not view.follow):
+        entropy, K = sample.ent, len(sample.sel)
+        options = dict(sel=sample.sel, t=step_of(view, sample))
+        title = f"{title}{sample.it}, sample {sample.s}"
     elif run.entropy:
         it = max(run.entropy) if view.it is None else min(run.entropy, key=lambda k: abs(k - view.it))
-        n = run.rows.get(it) or max(run.chosen[it], default=1) or 1
-        title = f"entropy per denoising step {look.glyph('sep')} iteration {it}, mean of {n}"
-        entropy, right = run.entropy[it], f"{look.glyph('sel')} chosen, bright = by many"
-        args = dict(share=[count / n for count in run.chosen[it]])
+        entropy, count = run.entropy[it], run.chosen[it]
+        n = run.rows[it] or max(count, default=1) or 1
+        options = dict(share=[c / n for c in count])
+        title, right = f"{title}{it}, mean of {n}", f"{look('sel')} chosen, bright: by many"
     else:
-        return panel("entropy per denoising step", lambda w, h: [[("waiting for the first rollout", look.dim)]],
-                     width, height, look)
+        return panel("entropy per denoising step", "waiting for the first rollout", width, height, look)
     T = T or len(entropy)
 
     def draw(w: int, h: int) -> list[Row]:
-        pitch = slots(T, w - 6)[0]
-        free = w - 6 - pitch * min(T, w - 6)
-        if free < 26:
-            return strip(entropy, T, w, h, look, K=K, tick=tick, **args)
-        chosen = [entropy[i] for i in args.get("sel", ()) if i < len(entropy)]
-        if "share" in args:
-            chosen = [value * part for value, part in zip(entropy, args["share"])]
-        total = sum(finite(entropy))
-        facts = [("mean", num(total / max(1, len(finite(entropy)))) + " nats"),
-                 ("K of T", f"{K} of {T}"),
-                 ("entropy kept", f"{sum(finite(chosen)) / total:.0%}" if total else "-")]
-        if sample and sample.live:
-            facts.append(("revealed", f"{sum(map(bool, sample.tok))} of {len(sample.tok)}"))
-        side = [[(f"{name:>14}  ", look.dim), (value, f"bold {look.fg}")] for name, value in facts]
-        return beside(strip(entropy, T, w - 26, h, look, K=K, tick=tick, **args), block([[]] * (h > 5) + side, 26, h))
+        room = w - 6 - slots(T, w - 6)[0] * T  # beside the bars: what they add up to
+        side = 26 if room >= 26 else 0
+        weights = options.get("share") or [float(i in options["sel"]) for i in range(T)]
+        total, kept = sum(finite(entropy)), sum(finite(a * b for a, b in zip(entropy, weights)))
+        facts = [("mean", f"{num(total / max(1, len(entropy)))} nats"), ("chosen", f"{K} of {T}"),
+                 ("entropy kept", f"{kept / total:.0%}" if total else "-")]
+        words = [[]] * (h > 5) + [[(f"{name:>13}  ", look.dim), (value, f"bold {look.fg}")]
+                                  for name, value in facts]
+        bars = strip(entropy, T, w - side, h, look, K=K, every=every, **options)
+        return beside(bars, block(words, side, h))
 
-    return panel(title, draw, width, height, look, right=right)
+    return panel(title, draw, width, height, look, right)
 
 
-def metric_curves(logs: Sequence[Log], name: str, view: View) -> list[Curve]:
-    """One metric of one run, or of each of several under its name."""
-    look = view.look
-    colours = (look.sky, look.orange, look.teal, look.dim, look.fg, look.mark)
+def curves_of(view: View, logs: Sequence[Log], name: str) -> list[Curve]:
+    """One metric: of one run, with the raw values behind it, or of each of several by name."""
     curves = []
-    for i, log in enumerate(logs):
+    for log, colour in zip(logs, view.look.line_colours() * len(logs)):
         series = log.run.series.get(name)
-        if series and series.its:
-            soft = smooth(series.values, view.smooth) if view.smooth else series.values
+        if name == "eval" and log.run.evals:
+            values = [e["accuracy"] for e in log.run.evals.values()]
+            curves.append(Curve(f"{log.name} {num(values[-1])}", list(log.run.evals), values, colour))
+        elif series and series.its:
+            soft = smooth(series.values, view.smooth)
             if view.smooth and len(logs) == 1:
-                curves.append(Curve("", series.its, series.values, look.sky, faint=True))
-            curves.append(Curve(log.name if len(logs) > 1 else "", series.its, soft, colours[i % 6]))
+                curves.append(Curve("", series.its, series.values, colour, faint=True))
+            curves.append(Curve(f"{log.name} {num(soft[-1])}", series.its, soft, colour))
     return curves
 
 
-def reward_panel(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
-    look, run = view.look, logs[0].run
-    names = ["reward/mean"] + [name for name in run.series if name.startswith("reward/")
-                               and name not in ("reward/mean", "reward/std")][:2]
-    if len(logs) > 1:
-        curves, points, right = metric_curves(logs, "reward/mean", view), [], f"{len(logs)} runs"
-    else:
-        curves = []
-        for name, colour in reversed(list(zip(names, (look.sky, look.orange, look.dim)))):
-            for curve in metric_curves(logs, name, view):
-                label = "" if curve.faint else name.removeprefix("reward/")
-                if not curve.faint or name == "reward/mean":
-                    curves.append(replace(curve, colour=colour, label=label))
-        points = [(it, e.get("accuracy", e.get("acc", math.nan))) for it, e in run.evals.items()]
-        value, soft = run.latest("reward/mean"), finite(curves[-1].values if curves else [])
-        trend = soft[-1] - soft[max(0, len(soft) - 11)] if soft else 0
-        right = "" if value is None else f"mean {num(soft[-1] if soft else value)} {'+' if trend >= 0 else ''}{num(trend)} in 10"
-        if points:
-            right += f" {look.glyph('sep')} {look.glyph('eval')} eval {num(points[-1][1])}"
-    return panel("reward", lambda w, h: chart(curves, w, h, look, points=points, log=view.log), width, height, look, right)
+def reward_panel(view: View, log: Log, width: int, height: int) -> list[Row]:
+    """The reward and its parts over iterations, evaluations marked."""
+    look, run, curves = view.look, log.run, []
+    parts = [name for name in run.series if name.startswith("reward/") and name[7:] not in ("mean", "std")]
+    for name, colour in zip(["reward/mean", *parts[:2]], (look.sky, look.orange, look.dim)):
+        for curve in curves_of(view, [log], name):
+            label = f"{name[7:]} {num(finite(curve.values)[-1])}" if finite(curve.values) else name[7:]
+            if not curve.faint or name == "reward/mean":
+                curves.append(replace(curve, colour=colour, label="" if curve.faint else label))
+    points = [(it, e["accuracy"]) for it, e in run.evals.items()]
+    right = f"{look('eval')} evaluation {num(points[-1][1])}" if points else ""
+    return panel("reward", lambda w, h: chart(curves[::-1], w, h, look, points=points, log=view.log),
+                 width, height, look, right)
+
+
+def metric_rows(view: View, log: Log, width: int, height: int) -> list[Row]:
+    """One metric a row: name, last value, how it went. The last alert below."""
+    run, look = log.run, view.look
+    names = [name for name in HEALTH if name in run.series]
+    names += [n for n in run.series if n not in HEALTH and not n.startswith(("reward/", "t/", "eta"))]
+    rows = []
+    for name in names[: height - bool(run.alerts)]:
+        values = run.series[name].values
+        colour = look.fg if math.isfinite(values[-1]) else look.orange
+        rows.append([(f"{name[:13]:<13} ", look.dim), (f"{num(values[-1]):>7}  ", f"bold {colour}"),
+                     *spark(values, max(0, width - 23), look)])
+    for it, _, message in run.alerts[-1:]:
+        rows.append([(f"! it {it} {clean(message)}", look.orange)])
+    return rows or [[("waiting for the first update", look.dim)]]
 
 
 def health_panel(view: View, log: Log, width: int, height: int) -> list[Row]:
-    run, look = log.run, view.look
-    names = [name for name in HEALTH if name in run.series]
-    names += [name for name in run.series if name not in HEALTH and not name.startswith(("reward/", "t/", "eta"))]
-    times = "  ".join(f"{name.removeprefix('t/')} {num(run.latest(name))}" for name in run.series
-                      if name.startswith("t/") and name != "t/total")
-
-    def draw(w: int, h: int) -> list[Row]:
-        rows = []
-        for name in names[: h - bool(run.alerts)]:
-            values = run.series[name].values
-            bad = not math.isfinite(values[-1])
-            rows.append([(f"{name[:13]:<13} ", look.dim), (f"{num(values[-1]):>7}  ", f"bold {look.orange if bad else look.fg}")]
-                        + spark(values, max(0, w - 23), look, look.sky))
-        if run.alerts:
-            it, _, message = run.alerts[-1]
-            rows.append([(f"! it {it} {clean(message)}", look.orange)])
-        return rows or [[("waiting for the first update", look.dim)]]
-
-    return panel("health", draw, width, height, look, foot=f"seconds: {times}" if times else "")
+    times = [f"{name[2:]} {num(s.values[-1])}" for name, s in log.run.series.items()
+             if name.startswith("t/") and name != "t/total"]
+    return panel("health", lambda w, h: metric_rows(view, log, w, h), width, height, view.look,
+                 foot="  ".join(times) and "seconds  " + "  ".join(times))
 
 
-def caption(view: View, sample: Sample, look: Look) -> Row:
-    t = step_of(view, sample)
-    sep = look.glyph("sep")
-    row = [(f"it {sample.it} {sep} prompt {sample.p} {sep} sample {sample.s}", f"bold {look.fg}")]
-    if sample.reward is not None:
-        sign = "" if sample.correct is None else look.glyph("yes" if sample.correct else "no") + " "
-        row.append((f"   {sign}reward {num(sample.reward)}", look.teal if sample.correct else look.orange))
-    shown = sum(token is not None for token in sample.at(t)) if not sample.live else sum(map(bool, sample.tok))
-    entropy = sample.ent[t] if t < len(sample.ent) else math.nan
-    total = sample.decoded if not sample.live else len(sample.tok)
-    return row + [(f"   step {t}/{sample.T - 1}   {shown}/{total} tokens   H {num(entropy)}", look.dim)]
-
-
-def chosen_row(view: View, sample: Sample, look: Look) -> Row:
-    """What training made of the step under the cursor, if it was selected."""
-    t = step_of(view, sample)
-    if t not in sample.sel:
-        return []
-    k = sample.sel.index(t)
-    facts = [(name, values[k]) for name, values in (("advantage", sample.adv), ("one-step reward", sample.srw),
-                                                     ("ratio", sample.ratio)) if k < len(values)]
-    row = [(f"{look.glyph('sel')} chosen", f"bold {look.mark}")]
-    for name, value in facts:
-        sign = "+" if name == "advantage" and number(value) > 0 else ""
-        row += [(f"   {name} ", look.dim), (sign + num(number(value)), f"bold {look.fg}")]
-    if k < len(sample.x0):
-        row.append(("   x hides the guess" if view.guess else "   x shows the guess", look.dim))
-    return row
-
-
-def sample_panel(view: View, sample: Sample | None, width: int, height: int, title: str = "denoising") -> list[Row]:
+def trajectory(view: View, log: Log, sample: Sample | None, width: int, height: int) -> list[Row]:
+    """One completion as it was denoised: a film of all steps if it is short, else where (the mosaic)
+    and what (the text) was filled in by the step under the cursor."""
     look = view.look
     if sample is None:
-        return panel(title, lambda w, h: [[("no sample logged yet", look.dim)]], width, height, look)
-    t = step_of(view, sample)
+        return panel("denoising", "no sample logged yet", width, height, look)
+    t, sep, short = step_of(view, sample), look("sep"), sum(token_widths(sample)) + 10 <= width
+    shown = sum(sample.rev[i] <= t for i in range(len(sample.rev)))
+    head = [(f"it {sample.it} {sep} prompt {sample.p} {sep} sample {sample.s}   ", f"bold {look.fg}")]
+    if sample.reward is not None:
+        sign = {True: look("yes") + " ", False: look("no") + " "}.get(sample.correct, "")
+        head.append((f"{sign}reward {num(sample.reward)}   ", look.teal if sample.correct else look.orange))
+    entropy = num(sample.ent[t]) if 0 <= t < len(sample.ent) else "-"
+    tokens = f"{shown}/{len(sample.rev) if sample.live else sample.decoded} tokens"
+    head.append((f"step {t}/{sample.T - 1}   {tokens}   H {entropy}", look.dim))
     k = sample.sel.index(t) if t in sample.sel else -1
-    guess = sample.x0[k] if view.guess and 0 <= k < len(sample.x0) else ()
 
     def draw(w: int, h: int) -> list[Row]:
-        question = clean(sample.prompt).replace("\n", " ")
-        lines = [question[i : i + w - 3] for i in range(0, len(question), max(1, w - 3))][: max(0, min(2, h - 3))]
-        head = [caption(view, sample, look)] + [[("Q: " if i == 0 else "   ", look.dim), (line, f"italic {look.dim}")]
-                                                for i, line in enumerate(lines)]
-        if h > 6:
-            head.append(chosen_row(view, sample, look))
-        return head + prose(sample, t, w, max(1, h - len(head)), look, view.colour, guess)
+        question, wide = clean(sample.prompt).replace("\n", " "), max(1, w - 3)
+        lines = [question[i : i + wide] for i in range(0, len(question), wide)][: max(0, min(2, h - 4))]
+        rows = [head] + [[("Q: " if i == 0 else "   ", look.dim), (line, f"italic {look.dim}")]
+                         for i, line in enumerate(lines)]
+        if short and h > len(rows) + 3:
+            return rows + film(sample, t, w, h - len(rows), look, view.colour, view.guess)
+        if k >= 0 and h > 6:
+            hint = "   x shows the guess" if k < len(sample.x0) and not view.guess else ""
+            rows.append([(f"{look('sel')} chosen  ", f"bold {look.mark}"), *credit(sample, k, look),
+                         (hint, look.dim)])
+        guess = sample.x0[k] if view.guess and 0 <= k < len(sample.x0) else ()
+        return rows + [[]] * (h > 8 and k < 0) + prose(
+            sample, t, w, max(1, h - len(rows) - (h > 8 and k < 0)), look, view.colour, guess)
 
-    return panel("denoising now" if sample.live else title, draw, width, height, look, right=f"colour: {view.colour}")
-
-
-def mosaic_panel(view: View, sample: Sample | None, run: Run, width: int, height: int) -> list[Row]:
-    def draw(w: int, h: int) -> list[Row]:
-        return mosaic(sample, step_of(view, sample), w, h, view.look, run.size("block"), view.colour) if sample else []
-    return panel("positions", draw, width, height, view.look)
+    block_size = log.run.size("block")
+    wide = 0 if short or width < 80 else min(9 + (block_size or 32), width // 2)
+    right = panel("denoising now" if sample.live else "denoising", draw, width - wide, height, look,
+                  f"colour: {view.colour}")
+    return right if not wide else beside(panel("positions", lambda w, h: mosaic(
+        sample, t, w, h, look, block_size, view.colour), wide, height, look), right)
 
 
 def overview(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
-    log, sample = logs[view.focus], current(view, logs[view.focus])
     if len(logs) > 1:
         return comparison(view, logs, width, height)
-    if width < 60 or height < 14:
-        return facts(view, log, width, height)
-    top = max(6, min(12, height // 4 if height > 30 else 7))
-    left = width * 5 // 8
-    if height < 28:
-        return strip_panel(view, log, sample, width, top) + beside(
-            reward_panel(view, logs, left, height - top), health_panel(view, log, width - left, height - top))
-    bottom = (height - top) * 11 // 24
-    middle = height - top - bottom
-    wide = min(max(26, 9 + (log.run.size("block") or 32)), width // 2)
-    return strip_panel(view, log, sample, width, top) + beside(
-        reward_panel(view, logs, left, middle), health_panel(view, log, width - left, middle)) + beside(
-        mosaic_panel(view, sample, log.run, wide, bottom), sample_panel(view, sample, width - wide, bottom))
+    log, look = logs[0], view.look
+    if width < 60 or height < 14:  # one line per fact
+        it = max(log.run.entropy, default=None)
+        first = [] if it is None else [[("entropy by step  ", look.dim), *spark(log.run.entropy[it], width - 17, look)]]
+        return first + metric_rows(view, log, width, height - len(first))
+    sample = on_screen(view, log)
+    top = 7 if height < 36 else max(8, height // 5)
+    bottom = 0 if height < 28 else max(11, (height - top) * 14 // 25)
+    middle, left = height - top - bottom, width * 5 // 8
+    charts = log.once(lambda: beside(reward_panel(view, log, left, middle),
+                                     health_panel(view, log, width - left, middle)),
+                      "overview", log.run.updates, len(log.run.alerts), left, middle, width,
+                      look, view.smooth, view.log)
+    rows = strip_panel(view, log, sample, width, top) + charts
+    return rows + (trajectory(view, log, sample, width, bottom) if bottom else [])
 
 
-def facts(view: View, log: Log, width: int, height: int) -> list[Row]:
-    """The overview of a small window: one line per fact."""
-    run, look = log.run, view.look
-    it = max(run.entropy, default=None)
-    rows = [[("entropy ", look.dim)] + spark(run.entropy[it], width - 8, look, look.teal)] if it is not None else []
-    for name in ["reward/mean"] + [name for name in HEALTH[1:] if name in run.series]:
-        if name in run.series:
-            rows.append([(f"{name[:13]:<13} ", look.dim), (f"{num(run.latest(name)):>7} ", f"bold {look.fg}")]
-                        + spark(run.series[name].values, max(0, width - 22), look, look.sky))
-    if run.alerts:
-        rows.insert(1, [(f"! it {run.alerts[-1][0]} {clean(run.alerts[-1][2])}", look.orange)])
-    return block(rows or [[("waiting for events", look.dim)]], width, height)
+def comparison(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
+    """Several runs over one another: how an ablation is watched."""
+    look, top = view.look, min(len(logs) + 2, max(3, height // 3))
+
+    def table(w: int, h: int) -> list[Row]:
+        rows = []
+        for i, (log, colour) in enumerate(zip(logs, look.line_colours() * len(logs))):
+            run, here = log.run, i == view.run
+            score = run.evals[max(run.evals)]["accuracy"] if run.evals else None
+            rows.append([(f"{look('here') if here else ' '} ", look.fg), (look("full") * 2 + " ", colour),
+                         (f"{log.name[:28]:<28} ", f"bold {look.fg}" if here else look.fg),
+                         (f"{log.status()[0]:<9} {run.done:>5}/{run.size('iters'):<5} ", look.dim),
+                         (f"reward {num(run.latest('reward/mean')):>6}  eval {num(score):>6}", look.fg)])
+        return rows[max(0, view.run - h + 1) :]
+
+    def over(name: str, w: int, h: int) -> list[Row]:
+        curves = curves_of(view, logs, name)
+        return panel(name, lambda w, h: chart(curves, w, h, look, log=view.log), w, h, look)
+
+    rest, half = height - top, width // 2 if width >= 100 else width
+    if half == width:
+        charts = over("reward/mean", width, rest - rest // 2) + over("entropy/mean", width, rest // 2)
+    else:
+        charts = [row for names, h in ((("reward/mean", "eval"), rest - rest // 2),
+                                       (("entropy/mean", "entropy/sel"), rest // 2))
+                  for row in beside(over(names[0], width - half, h), over(names[1], half, h))]
+    return panel("runs", table, width, top, look) + charts
 
 
 def entropy_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
-    """Every iteration's entropies as one row of colour; beside it, who was selected."""
-    log, look = logs[view.focus], view.look
-    run, tick = log.run, block_steps(log.run)
-    its = sorted(run.entropy)
-    data = [run.entropy[it] for it in its]
-    high = max((max(finite(row), default=0) for row in data), default=1) or 1
+    """Every iteration's entropies as a row of colours; beside them, which steps were selected."""
+    log, run, look = logs[view.run], logs[view.run].run, view.look
+    its, C = sorted(run.entropy), run.size("C")
     it = max(its, default=None) if view.it is None else view.it
     below = 0 if height < 20 else min(11, height // 4)
-    left = width * 5 // 8 if width >= 100 else width
-    panels = [panel(f"entropy {look.glyph('sep')} iteration down, denoising step across",
-                    lambda w, h: carpet(data, its, w, h, look, high=high, it=it, tick=tick),
-                    left, height - below, look, right=f"0 to {num(high)} nats")]
-    if left < width:
-        share = [[count / (run.rows.get(i) or 1) for count in run.chosen[i]] for i in its]
-        panels.append(panel("selected steps", lambda w, h: carpet(
-            share, its, w, h, look, high=1, gutter=0, tick=tick), width - left, height - below, look,
-            right="share of samples"))
-    rows = beside(*panels)
-    return rows + (strip_panel(replace(view, t=None), log, None, width, below) if below else [])
+    left, h = width * 5 // 8 if width >= 100 else width, height - below
+    every = run.size("T") * run.size("block") // C if C else 0
+
+    def draw() -> list[Row]:
+        data = [run.entropy[i] for i in its]
+        high = max((max(finite(row), default=0.0) for row in data), default=0.0) or 1.0
+        rows = panel(f"entropy {look('sep')} iteration down, denoising step across", lambda w, h: carpet(
+            data, its, w, h, look, high, it=it, every=every), left, h, look, f"0 to {num(high)} nats")
+        if left == width:
+            return rows
+        share = [[count / (run.rows[i] or 1) for count in run.chosen[i]] for i in its]
+        return beside(rows, panel("selected steps", lambda w, h: carpet(
+            share, its, w, h, look, 1.0, left=0, every=every), width - left, h, look, "share of samples"))
+
+    rows = log.once(draw, "carpet", run.updates, it, width, h, look)
+    return rows + (strip_panel(replace(view, follow=True), log, None, width, below) if below else [])
 
 
 def trajectory_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
-    log = logs[view.focus]
-    sample = current(view, log)
-    top = max(5, min(10, height // 4)) if height >= 14 else 0
+    log, top = logs[view.run], max(5, min(12, height // 4)) if height >= 14 else 0
+    sample = on_screen(view, log)
     rows = strip_panel(view, log, sample, width, top) if top else []
-    wide = min(9 + (log.run.size("block") or 32), width // 3) if width >= 80 else 0
-    parts = [mosaic_panel(view, sample, log.run, wide, height - top)] if wide else []
-    return rows + beside(*parts, sample_panel(view, sample, width - wide, height - top))
+    return rows + trajectory(view, log, sample, width, height - top)
+
+
+def sample_keys(view: View, log: Log) -> list[tuple[int, int]]:
+    """(it, s) of the newest 2000 samples that pass the filter, in the order asked for."""
+    samples = log.run.samples
+    keys = [(it, s) for it in sorted(samples, reverse=True) for s in sorted(samples[it])][:2000]
+    if view.filter:
+        keys = [key for key in keys if view.filter.lower() in log.brief(*key)[2].lower()]
+    if view.sort != "newest":
+        keys.sort(key=lambda key: -log.brief(*key)[view.sort == "length"])
+    return keys
 
 
 def samples_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
     """A table of the logged samples, and the group of the one under the cursor side by side."""
-    log, look = logs[view.focus], view.look
-    keys, here = sample_keys(view, log), key_at(view, log)
+    log, look = logs[view.run], view.look
+    keys, here = sample_keys(view, log), key_of(view, log)
     below = height * 2 // 5 if height >= 16 else 0
 
     def table(w: int, h: int) -> list[Row]:
         at = keys.index(here) if here in keys else 0
-        top = max(0, min(at - (h - 1) // 2, len(keys) - h + 1))
-        rows = [[(f"  {'it':>5} {'prompt':>6} {'g':>3}    {'reward':>6} {'adv':>6} {'len':>4}  parts and text", look.dim)]]
-        for key in keys[top : top + h - 1]:
-            sample = log.sample(key)
-            if sample is None:
-                continue
-            mark = "" if sample.correct is None else look.glyph("yes" if sample.correct else "no")
+        rows = [[(f"  {'it':>5} {'prompt':>6} {'g':>3}   {'reward':>7} {'adv':>6} {'len':>4}  ", look.dim)]]
+        for key in keys[max(0, min(at - h // 2, len(keys) - h + 1)) :][: h - 1]:
+            sample = log.sample(*key) or Sample(*key)
+            sign = {True: look("yes"), False: look("no")}.get(sample.correct, "")
             adv = finite(map(number, sample.adv))
+            adv = num(statistics.fmean(adv)) if adv else "-"
             parts = " ".join(f"{name} {num(number(value))}" for name, value in sample.rw.items())
-            words = " ".join(clean("".join(sample.tok)).split())
             style = f"bold {look.fg}" if key == here else look.dim
-            rows.append([(look.glyph("here") + " " if key == here else "  ", look.sky), (f"{sample.it:>5} {sample.p:>6} {sample.g:>3} ", style),
-                         (f"{mark:>2} {num(sample.reward):>6}", look.teal if sample.correct else look.orange),
-                         (f" {num(sum(adv) / len(adv)) if adv else '-':>6} {sample.decoded:>4}  ", style), (f"{parts}  ", look.dim), (words, style)])
-        return rows if keys else [[("no sample logged yet", look.dim)]]
+            rows.append([(f"{look('here') if key == here else ' '} ", look.sky),
+                         (f"{sample.it:>5} {sample.p:>6} {sample.g:>3} ", style),
+                         (f"{sign:>1} {num(sample.reward):>7}", look.teal if sample.correct else look.orange),
+                         (f" {adv:>6} {sample.decoded:>4}  {parts}  ", style),
+                         (" ".join(clean("".join(sample.tok)).split()), style)])
+        return rows if keys else [[("no sample", look.dim)]]
 
-    rows = panel("samples", table, width, height - below, look, right=f"{len(keys)} by {view.sort}")
-    sample = log.sample(here) if here else None
+    rows = panel("samples", table, width, height - below, look, f"{len(keys)} by {view.sort}")
+    sample = log.sample(*here) if here else None
     if not below or sample is None:
-        return rows + block([], width, below)
-    group = [log.sample(key) for key in sorted(log.run.samples) if key[0] == sample.it]
-    group = [other for other in group if other and other.p == sample.p]
-    shown = group[max(0, group.index(sample) - 3) :][: max(1, min(4, width // 30))]
-
-    def member(other: Sample, w: int) -> list[Row]:
-        sign = "" if other.correct is None else look.glyph("yes" if other.correct else "no") + " "
-        return panel(f"{sign}sample {other.s} {look.glyph('sep')} {num(other.reward)}", lambda w, h: prose(
-            other, other.T, w, h, look, view.colour), w, below, look, hot=other is sample)
-
-    each = width // len(shown)
-    sizes = [each] * (len(shown) - 1) + [width - each * (len(shown) - 1)]
-    return rows + beside(*[member(other, w) for other, w in zip(shown, sizes)])
-
-
-def sample_keys(view: View, log: Log) -> list[tuple[int, int]]:
-    """The newest 2000 samples that pass the filter, in the chosen order."""
-    keys = sorted(log.run.samples, reverse=True)[:2000]
-    if view.filter and view.view == 4:
-        keys = [key for key in keys if view.filter.lower() in log.brief(key)[2].lower()]
-    if view.sort != "newest":
-        keys.sort(key=lambda key: -log.brief(key)[view.sort == "length"])
-    return keys
+        return rows
+    same = [log.sample(here[0], s) for s in sorted(log.run.samples[here[0]])]
+    same = [other for other in same if other and other.p == sample.p]
+    shown = same[max(0, same.index(sample) - 3) :][: max(1, min(4, width // 30))]
+    columns = []
+    for i, other in enumerate(shown):
+        w = width * (i + 1) // len(shown) - width * i // len(shown)
+        columns.append(panel(f"sample {other.s} {look('sep')} reward {num(other.reward)}",
+                             lambda w, h, other=other: prose(other, other.T, w, h, look, view.colour),
+                             w, below, look, hot=other is sample))
+    return rows + beside(*columns)
 
 
 def metric_names(view: View, logs: Sequence[Log]) -> list[str]:
@@ -1315,369 +1342,341 @@ def metric_names(view: View, logs: Sequence[Log]) -> list[str]:
 def curves_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
     look, names = view.look, metric_names(view, logs)
     if not names:
-        text = f"no metric matches {view.filter!r}" if view.filter else "waiting for the first update"
-        return panel("curves", lambda w, h: [[(text, look.dim)]], width, height, look)
+        return panel("curves", "no metric matches" if view.filter else "waiting for the first update",
+                     width, height, look)
     pick = min(view.pick, len(names) - 1)
 
-    def one(name: str, w: int, h: int, hot: bool) -> list[Row]:
-        curves = metric_curves(logs, name, view)
-        right, t = num(logs[view.focus].run.latest(name)), None
-        if view.zoom and curves and len(curves[-1].its):
-            t = curves[-1].its[-1] if view.it is None else view.it
-            right = "   ".join(f"{c.label or name} at {t}: {num(c.values[min(bisect_left(c.its, t), len(c.its) - 1)])}"
-                               for c in curves if not c.faint)
-        return panel(name, lambda w, h: chart(curves, w, h, look, log=view.log, t=t), w, h, look, right, hot=hot)
+    def one(name: str, w: int, h: int) -> list[Row]:
+        curves, cursor = curves_of(view, logs, name), None
+        if len(logs) == 1:
+            curves = [replace(curve, label="") for curve in curves]
+        right = num(logs[view.run].run.latest(name))
+        if view.zoom and curves:
+            cursor = curves[-1].its[-1] if view.it is None else view.it
+            at = [c.values[min(bisect_left(c.its, cursor), len(c.its) - 1)] for c in curves if not c.faint]
+            right = f"at {cursor}: {'   '.join(map(num, at))}"
+        return panel(name, lambda w, h: chart(curves, w, h, look, log=view.log, cursor=cursor), w, h, look,
+                     right, hot=name == names[pick])
 
-    if view.zoom:
-        return one(names[pick], width, height, True)
-    across, down = max(1, min(3, width // 38)), max(1, min(3, height // 7))
-    page = pick // (across * down) * across * down
-    rows: list[Row] = []
-    for r in range(down):
-        h = height * (r + 1) // down - height * r // down
-        line = names[page + r * across : page + (r + 1) * across]
-        cells = [one(name, width * (c + 1) // across - width * c // across, h, name == names[pick]) for c, name in enumerate(line)]
-        rows += block(beside(*cells) if cells else [], width, h)
-    return rows
+    def page() -> list[Row]:
+        if view.zoom:
+            return one(names[pick], width, height)
+        across, down = max(1, min(3, width // 38)), max(1, min(3, height // 7))
+        first, rows = pick // (across * down) * across * down, []
+        for r in range(down):
+            h = height * (r + 1) // down - height * r // down
+            line = [one(name, width * (c + 1) // across - width * c // across, h)
+                    for c, name in enumerate(names[first + r * across :][:across])]
+            rows += block(beside(*line), width, h)
+        return rows
+
+    return logs[0].once(page, "curves", *(log.run.updates for log in logs), width, height, look, pick, view.zoom,
+                        view.it, view.smooth, view.log, view.filter, view.run)
 
 
 def run_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
-    log, look = logs[view.focus], view.look
-    run, meta = log.run, log.run.meta
-    state, age = log.status()
-    pairs = {"state": f"{state}, last event {span(age)} ago", "log": str(log.path), "model": meta.get("model"),
-             "task": meta.get("task"), "machine": f"{meta.get('host')} pid {meta.get('pid')}", "git": meta.get("git"),
-             "command": " ".join(map(str, meta.get("argv") or [])), "updates": f"{run.done} of {run.size('iters')}",
+    log, look = logs[view.run], view.look
+    run, meta, (state, age) = log.run, log.run.meta, log.status()
+    facts = {"state": f"{state}, last event {span(age)} ago", "log": log.path, "model": meta.get("model"),
+             "task": meta.get("task"), "machine": f"{meta.get('host')}, process {meta.get('pid')}",
+             "git": meta.get("git"), "command": " ".join(map(str, meta.get("argv") or [])),
+             "updates": f"{run.done} of {run.size('iters')}",
              "sizes": "  ".join(f"{name} {run.size(name)}" for name in ("T", "K", "C", "block", "N", "G")),
-             "checkpoint": run.ckpt.get("path"), "ended": (run.end or {}).get("err") or (run.end or {}).get("status"),
-             "events": f"{run.lines} lines, {run.bad} unreadable, {len(run.samples)} samples"}
+             "checkpoint": run.ckpt.get("path"), "error": (run.end or {}).get("err"),
+             "events": f"{run.lines} lines, {run.bad} unreadable, {sum(map(len, run.samples.values()))} samples"}
     for it, e in list(run.evals.items())[-3:]:
-        interval = f" ({e['lo']:.1%} to {e['hi']:.1%})" if "lo" in e and "hi" in e else ""
-        pairs[f"eval at {it}"] = f"{e.get('accuracy', e.get('acc', math.nan)):.1%}{interval} of {e['n']} {e['split']}"
-    left = [[(f"{name:<11} ", look.dim), (clean(str(value)), look.fg)] for name, value in pairs.items() if value]
+        between = f" ({e['lo']:.1%} to {e['hi']:.1%})" if "lo" in e and "hi" in e else ""
+        facts[f"eval at {it}"] = f"{e['accuracy']:.1%}{between} of {e['n']} {e['split']}"
+    left = [[(f"{name:<11} ", look.dim), (clean(str(value)), look.fg)] for name, value in facts.items() if value]
     times = {name[2:]: run.latest(name) for name in run.series if name.startswith("t/") and name != "t/total"}
+    total = sum(finite(times.values())) or 1.0
     for name, value in times.items():
-        share = value / (sum(finite(times.values())) or 1) if math.isfinite(value) else 0
-        left.append([(f"{name:<11} ", look.dim), (f"{num(value):>6} s ", look.fg), (look.glyph("full") * round(20 * share), look.sky)])
-    cfg = [[(f"{name:<14} ", look.dim), (clean(str(value)), look.fg)] for name, value in (meta.get("cfg") or {}).items()]
-    news = [[(f"it {it:>4} {level:<5} ", look.dim), (clean(message), look.orange)] for it, level, message in reversed(run.alerts)]
+        share = value / total if math.isfinite(value) else 0.0
+        left.append([(f"{name:<11} ", look.dim), (f"{num(value):>6} s ", look.fg),
+                     (look("full") * round(20 * share), look.sky)])
+    config = [[(f"{name:<14} ", look.dim), (clean(str(value)), look.fg)]
+              for name, value in (meta.get("cfg") or {}).items()]
+    news = [[(f"it {it:>4} {level:<5} ", look.dim), (clean(message), look.orange)]
+            for it, level, message in reversed(run.alerts)]
     tail = [[(clean(line.decode(errors="replace")), look.dim)] for line in reversed(run.recent)]
-    scroll = view.pick
-    below = height * 2 // 5
-    wide = width * 5 // 8 if width >= 80 else width
-    top = [panel("run", lambda w, h: left[scroll if wide == width else 0 :], wide, height - below, look)]
+    below, wide = height * 2 // 5, width * 5 // 8 if width >= 80 else width
+    top = panel("run", lambda w, h: left[view.pick if wide == width else 0 :], wide, height - below, look)
     if wide < width:
-        top.append(panel("config", lambda w, h: cfg[scroll:], width - wide, height - below, look))
-    return beside(*top) + panel(f"alerts ({len(run.alerts)}) and last events", lambda w, h: news[: h // 2] + tail, width, below, look)
+        top = beside(top, panel("config", lambda w, h: config[view.pick :], width - wide, height - below, look))
+    return top + panel(f"alerts ({len(run.alerts)}) and the last events", lambda w, h: news[: h // 2] + tail,
+                       width, below, look)
 
 
-def comparison(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
-    """Several runs over one another: how an ablation is watched."""
+KEYS = {
+    "1-6, tab": "overview, entropy, trajectory, samples, curves, run; tab goes round",
+    "left right, h l": "denoising step; with shift (H L) ten; iteration under the cursor of a zoomed chart",
+    "home end, 0 $": "first and last of them",
+    "n N": "next and previous selected step; in 2, 5 and 6 the next and previous alert",
+    "space, < >": "play the denoising; slower, faster",
+    "up down, k j": "sample; iteration in 2, chart in 5, scrolling in 6, run when comparing",
+    "PgUp PgDn, K J": "iteration",
+    "g G": "first iteration; newest, and follow",
+    "f": "follow the newest or not; moving by hand turns it off",
+    "c": "colour of tokens: step, entropy, none",
+    "x": "at selected steps: the one-step completion that EGSPO-SA scored there",
+    "s": "smoothing 0, .6, .8, .95; in 4 the order of the table",
+    "y": "logarithmic charts",
+    "/, esc": "filter metrics or samples; clear and back",
+    "enter": "zoom a chart; open a sample",
+    "p, a, t": "palette; characters: braille, block, ascii; dark or light",
+    "e": "save this screen beside the log as svg and text",
+    "?, q, ctrl+c": "this help; quit (the trainer never notices)",
+}
+
+
+def help_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
     look = view.look
-    colours = (look.sky, look.orange, look.teal, look.dim, look.fg, look.mark)
-    table = min(len(logs) + 2, max(3, height // 3))
-
-    def rows(w: int, h: int) -> list[Row]:
-        out = []
-        for i, log in enumerate(logs[max(0, view.focus - h + 1) :][:h]):
-            run, state = log.run, log.status()[0]
-            evals = list(run.evals.values())
-            accuracy = evals[-1].get("accuracy", math.nan) if evals else math.nan
-            out.append([(look.glyph("here") + " " if log is logs[view.focus] else "  ", look.fg), (look.glyph("full") * 2 + " ", colours[i % 6]),
-                        (f"{log.name[:28]:<28} ", look.fg), (f"{state:<9} {run.done:>5}/{run.size('iters'):<5} ", look.dim),
-                        (f"reward {num(run.latest('reward/mean')):>6}  eval {accuracy:6.1%}", look.fg)])
-        return out
-
-    def over(name: str, w: int, h: int) -> list[Row]:
-        curves = metric_curves(logs, name, view)
-        if name == "eval":
-            curves = [Curve(log.name, list(log.run.evals), [e.get("accuracy", math.nan) for e in log.run.evals.values()], colours[i % 6])
-                      for i, log in enumerate(logs) if log.run.evals]
-        return panel(name, lambda w, h: chart(curves, w, h, look, log=view.log), w, h, look)
-
-    rest = height - table
-    out = panel("runs", rows, width, table, look)
-    if width < 100 or rest < 16:
-        names = ["reward/mean", "entropy/mean"][: 1 + (rest >= 12)]
-        return out + sum((over(name, width, rest // len(names)) for name in names), [])
-    for names, h in ((("reward/mean", "eval"), rest - rest // 2), (("entropy/mean", "entropy/sel"), rest // 2)):
-        out += beside(over(names[0], width - width // 2, h), over(names[1], width // 2, h))
-    return out
-
-
-KEYS = [
-    ("1-6, tab", "views: overview, entropy, trajectory, samples, curves, run"),
-    ("left right, h l", "denoising step, or the cursor of a zoomed chart; with shift or H L ten at a time"),
-    ("home end, 0 $", "first and last step"),
-    ("n N", "next and previous selected step; in views 2, 5 and 6 the next and previous alert"),
-    ("space, < >", "play the denoising, slower, faster"),
-    ("up down, k j", "sample; iteration in view 2; row, chart or run elsewhere"),
-    ("PgUp PgDn, K J", "iteration"),
-    ("g G", "first iteration; newest, and follow"),
-    ("f", "follow the newest on or off; moving by hand turns it off"),
-    ("c", "colour of tokens: step, entropy, none"),
-    ("x", "at a selected step: the one-step completion that its reward was read from"),
-    ("s", "smoothing 0, .6, .8, .95; in view 4 the order of the table"),
-    ("y", "logarithmic axis"),
-    ("/, esc", "filter metrics or samples; clear, back"),
-    ("enter", "zoom a chart; open a sample"),
-    ("p, a, t", "palette; characters: braille, block, ascii; dark or light"),
-    ("e", "save this screen beside the log as svg and text"),
-    ("?, q, ctrl+c", "this help; quit (the trainer is never touched)"),
-]
-
-
-def helper(view: View, width: int, height: int) -> list[Row]:
-    look = view.look
-    wide = 17 if width >= 60 else 10
-    rows = [[(f"{keys:<{wide}} ", f"bold {look.orange}"), (words, look.fg)] for keys, words in KEYS]
+    rows = [[(f"{keys:<16} ", f"bold {look.orange}"), (words, look.fg)] for keys, words in KEYS.items()]
     return panel("keys", lambda w, h: rows[view.pick :], width, height, look)
 
 
-DRAW = (overview, entropy_view, trajectory_view, samples_view, curves_view, run_view)
+SCREENS = (overview, entropy_view, trajectory_view, samples_view, curves_view, run_view)
 
 
 def frame(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
-    """The whole screen: exactly `height` rows of `width` cells."""
+    """The whole terminal: exactly `height` rows of `width` cells."""
     if width < 20 or height < 5:
         return block([[("needs 20x5", "")]], width, height)
-    log = logs[view.focus]
-    draw = DRAW[view.view - 1]
-    body = helper(view, width, height - 2) if view.help else draw(view, logs, width, height - 2)
-    return [header(view, log, width), *block(body, width, height - 2), footer(view, logs, width)]
+    body = (help_view if view.help else SCREENS[view.number - 1])(view, logs, width, height - 2)
+    log = logs[view.run]
+    return [header(view, log, width), *block(body, width, height - 2), footer(view, log, width)]
+
+
+# ---- out of the terminal -------------------------------------------------------------------------
 
 
 def plain(rows: Iterable[Row]) -> str:
     return "\n".join("".join(text for text, _ in row).rstrip() for row in rows)
 
 
-@lru_cache(4096)
-def colours_of(style: str, look: Look) -> tuple[str, str, bool, bool]:
-    """(foreground, background, bold, italic) of a style."""
-    words, _, ground = style.partition("on ")
-    colour = re.search(r"#\w{6}", words)
-    return colour[0] if colour else look.fg, ground.strip() or look.bg, "bold" in words, "italic" in words
-
-
 def svg(rows: Sequence[Row], look: Look) -> str:
-    """A screen as a picture. Bars, dots and boxes are drawn as shapes, so no font can misplace them."""
-    W, H, size = 9, 18, 15
-    shapes, words = [], []
+    """A screen as a picture. Bars, dots and boxes become shapes, so that no font misplaces them."""
+    W, H = 9, 18  # of a cell
+    arcs = {"─": f"M0 9h{W}", "━": f"M0 9h{W}", "│": f"M4.5 0v{H}", "┤": f"M4.5 0v{H}M0 9h4.5",
+            "╭": "M4.5 18v-4q0-5 4.5-5", "╮": "M4.5 18v-4q0-5-4.5-5", "╰": "M4.5 0v4q0 5 4.5 5",
+            "╯": "M4.5 0v4q0 5-4.5 5"}
+    out: list[str] = []
 
     def rect(x: float, y: float, w: float, h: float, colour: str) -> None:
-        shapes.append(f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" fill="{colour}"/>')
+        out.append(f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" fill="{colour}" '
+                   'shape-rendering="crispEdges"/>')
 
-    for r, row in enumerate(rows):
-        x, y = 0, r * H
+    def dots(places: Iterable[tuple[float, float]], r: float, colour: str) -> None:
+        out.extend(f'<circle cx="{x:g}" cy="{y:g}" r="{r}" fill="{colour}"/>' for x, y in places)
+
+    def shape(c: str, x: float, y: float, colour: str) -> bool:
+        """Draw a character at x, y; False if it is one for the font."""
+        code = ord(c)
+        if 0x2581 <= code <= 0x2588:
+            rect(x, y + H * (0x2588 - code) / 8, W, H * (code - 0x2580) / 8, colour)
+        elif c in QUADRANT[1:]:
+            for bit in range(4):
+                if QUADRANT.index(c) >> bit & 1:
+                    rect(x + W / 2 * (bit % 2), y + H / 2 * (bit // 2), W / 2, H / 2, colour)
+        elif 0x2800 <= code <= 0x28FF:
+            dots([(x + W * (2 * i + 1) / 4, y + H * (2 * j + 1) / 8) for i in (0, 1) for j in range(4)
+                  if (code - 0x2800) & BRAILLE[j][i]], 1.7, colour)
+        elif c == "░":
+            dots([(x + W * (4 * i + 1 + 2 * (j % 2)) / 8, y + 3 + 4 * j) for i in (0, 1) for j in range(4)],
+                 0.8, colour)
+        elif c in arcs:
+            out.append(f'<path d="{arcs[c]}" transform="translate({x:g} {y:g})" stroke="{colour}" '
+                       f'stroke-width="{3 if c == "━" else 1}" fill="none"/>')
+        else:
+            return False
+        return True
+
+    for y, row in enumerate(rows):
+        x = 0
         for text, style in row:
-            fg, bg, bold, italic = colours_of(style, look)
-            if bg != look.bg:
-                rect(x, y, cell_len(text) * W, H, bg)
-            run = ""  # what is left to the font, as one string
-            for k, c in enumerate(text):
-                cx, code = x + cell_len(text[:k]) * W, ord(c)
-                drawn = True
-                if 0x2581 <= code <= 0x2588:
-                    rect(cx, y + H * (0x2588 - code) / 8, W, H * (code - 0x2580) / 8, fg)
-                elif c == "▀":
-                    rect(cx, y, W, H / 2, fg)
-                elif c == "░":
-                    shapes += [f'<circle cx="{cx + W * (2 * i + 1 + j % 2) / 4:g}" cy="{y + 3 + 4 * j:g}" r="0.9" fill="{fg}"/>'
-                               for i in range(2) for j in range(4)]
-                elif 0x2800 <= code <= 0x28FF:
-                    shapes += [f'<circle cx="{cx + W * (1 + 2 * i) / 4:g}" cy="{y + H * (1 + 2 * j) / 8:g}" r="1.7" fill="{fg}"/>'
-                               for j in range(4) for i in range(2) if (code - 0x2800) & BRAILLE[j][i]]
-                elif c in QUADRANT[1:-1]:
-                    for bit in range(4):
-                        if QUADRANT.index(c) >> bit & 1:
-                            rect(cx + W / 2 * (bit % 2), y + H / 2 * (bit // 2), W / 2, H / 2, fg)
-                elif c in "─│╭╮╰╯┤━":
-                    mx, my, stroke = cx + W / 2, y + H / 2, 3 if c == "━" else 1
-                    path = {"─": f"M{cx} {my}h{W}", "━": f"M{cx} {my}h{W}", "│": f"M{mx} {y}v{H}", "┤": f"M{mx} {y}v{H}M{cx} {my}h{W / 2}",
-                            "╭": f"M{mx} {y + H}v-4q0 -5 {W / 2} -5", "╮": f"M{mx} {y + H}v-4q0 -5 -{W / 2} -5",
-                            "╰": f"M{mx} {y}v4q0 5 {W / 2} 5", "╯": f"M{mx} {y}v4q0 5 -{W / 2} 5"}[c]
-                    shapes.append(f'<path d="{path}" stroke="{fg}" stroke-width="{stroke}" fill="none"/>')
-                else:
-                    drawn = False
-                run += " " * cell_len(c) if drawn else c
-            if run.strip():
-                extra = ' font-weight="bold"' * bold + ' font-style="italic"' * italic
-                words.append(f'<text x="{x}" y="{y + 13.5}" fill="{fg}" textLength="{cell_len(run) * W}"{extra}>{escape(run)}</text>')
-            x += cell_len(text) * W
-    width, height = x + 16, len(rows) * H + 16
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="-8 -8 {width} {height}">'
-            f'<rect x="-8" y="-8" width="{width}" height="{height}" rx="8" fill="{look.bg}"/><g shape-rendering="auto">{"".join(shapes)}</g>'
-            f'<g font-family="DejaVu Sans Mono, Menlo, Consolas, monospace" font-size="{size}" xml:space="preserve">'
-            f'{"".join(words)}</g></svg>\n')
+            words, _, ground = style.partition("on ")
+            colour = (re.search(r"#\w{6}", words) or [look.fg])[0]
+            if ground:
+                rect(x * W, y * H, cell_len(text) * W, H, ground)
+            start, rest = x, ""
+            for c in text:
+                drawn = shape(c, x * W, y * H, colour)
+                x, rest = x + cell_len(c), rest + (" " * cell_len(c) if drawn else c)
+            if rest.strip():
+                weight = ' font-weight="bold"' * ("bold" in words) + ' font-style="italic"' * ("italic" in words)
+                out.append(f'<text x="{start * W}" y="{y * H + 13.5}" fill="{colour}"{weight} '
+                           f'textLength="{cell_len(rest) * W}">{escape(rest)}</text>')
+    w, h = max(map(cells, rows), default=0) * W + 16, len(rows) * H + 16
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-8 -8 {w} {h}" width="{w}" height="{h}" '
+            'font-family="DejaVu Sans Mono, Menlo, Consolas, monospace" font-size="15" xml:space="preserve">'
+            f'<rect x="-8" y="-8" width="{w}" height="{h}" rx="8" fill="{look.bg}"/>{"".join(out)}</svg>\n')
+
+
+def save(view: View, logs: Sequence[Log], width: int, height: int) -> str:
+    """Write the screen beside the log as svg and text; returns what to tell."""
+    rows = frame(view, logs, width, height)
+    path = logs[view.run].path.with_name(f"screen-{time.strftime('%Y%m%d-%H%M%S')}.svg")
+    try:
+        path.write_text(svg(rows, view.look), encoding="utf-8")
+        path.with_suffix(".txt").write_text(plain(rows) + "\n", encoding="utf-8")
+    except OSError as error:
+        return f"not saved: {error}"
+    return f"saved {path} and .txt"
 
 
 # ==== app =========================================================================================
 
 
 def press(view: View, key: str, logs: Sequence[Log]) -> str:
-    """What a key does to the view; "quit" or "save" if it is for the app."""
-    log = logs[view.focus]
-    run, number_of = log.run, VIEWS.index
-    view.note = ""
+    """What a key does to the view; returns "quit" or "save" for what is not the view's to do."""
+    log, run, view.note = logs[view.run], logs[view.run].run, ""
     if view.typing:
-        if key == "escape":
-            view.filter = ""
         view.typing = key not in ("escape", "enter")
-        if key == "backspace":
-            view.filter = view.filter[:-1]
-        elif len(key) == 1 or key == "space":
-            view.filter += " " if key == "space" else key
+        view.filter = "" if key == "escape" else view.filter[:-1] if key == "backspace" else (
+            view.filter + {"space": " "}.get(key, key if len(key) == 1 else ""))
         return ""
-    along = {"left": -1, "h": -1, "right": 1, "l": 1, "shift+left": -10, "H": -10, "shift+right": 10, "L": 10,
-             "home": -10**9, "0": -10**9, "end": 10**9, "$": 10**9}.get(key)
-    down = {"up": -1, "k": -1, "down": 1, "j": 1}.get(key)
-    page = {"pageup": -1, "K": -1, "pagedown": 1, "J": 1}.get(key)
-    if along and view.view in (2, 5) and (view.zoom or view.view == 2):
-        iteration(view, log, along)
-    elif along and view.view == 5:
-        view.pick = max(0, min(view.pick + along, len(metric_names(view, logs)) - 1))
-    elif along:
-        step(view, log, along)
-    elif down and (view.help or view.view == 6):
-        view.pick = max(0, view.pick + down)
-    elif down and view.view == 5:
-        across = 3
-        view.pick = max(0, min(view.pick + down * across, len(metric_names(view, logs)) - 1))
-    elif down and view.view == 2:
-        iteration(view, log, down)
-    elif down and view.view == 1 and len(logs) > 1:
-        view.focus = max(0, min(view.focus + down, len(logs) - 1))
-    elif down:
-        move_sample(view, log, down)
-    elif page:
-        iteration(view, log, page)
-    elif key in "123456":
-        view.view, view.zoom, view.help, view.pick = int(key), False, False, 0
-    elif key in ("tab", "shift+tab"):
-        view.view = (view.view - 1 + (1 if key == "tab" else -1)) % 6 + 1
-        view.zoom = view.help = False
-    elif key in "nN" and view.view in (2, 5, 6):
-        its = sorted({alert[0] for alert in run.alerts})
-        here = run.it if view.it is None else view.it
-        ahead = [it for it in its if it > here] if key == "n" else [it for it in its if it < here][::-1]
-        if ahead:
-            view.it, view.follow = ahead[0], False
-            view.note = next(message for it, _, message in run.alerts if it == ahead[0])
-    elif key in "nN":
-        sample = stop_following(view, log)
-        if sample and sample.sel:
-            t, chosen = step_of(view, sample), sorted(sample.sel)
-            at = bisect_left(chosen, t + 1) if key == "n" else bisect_left(chosen, t) - 1
-            view.t = chosen[at % len(chosen)]
-    elif key == "space":
-        sample = stop_following(view, log)
-        view.playing = not view.playing and sample is not None
-        if view.playing and step_of(view, sample) >= sample.T - 1:
-            view.t = -1
-    elif key in "<>":
-        view.speed = max(1.0, min(64.0, view.speed * (2 if key == ">" else 0.5)))
-        view.note = f"{view.speed:g} steps a second"
-    elif key == "g":
-        view.it, view.s, view.follow = min(run.entropy or [0]), 0, False
-    elif key == "G" or key == "f" and not view.follow:
-        view.it, view.t, view.follow, view.playing = None, None, True, False
-    elif key == "f":
-        stop_following(view, log)
-    elif key == "c":
-        view.colour = after(COLOURS, view.colour)
-    elif key == "x":
-        view.guess = not view.guess
-    elif key == "s" and view.view == 4:
-        view.sort = after(SORTS, view.sort)
-    elif key == "s":
-        view.smooth = after(SMOOTH, view.smooth)
-        view.note = f"smoothing {view.smooth:g}"
-    elif key == "y":
-        view.log = not view.log
-    elif key == "/":
-        view.typing, view.filter = True, ""
-        view.view = view.view if view.view in (4, 5) else 5
-    elif key == "escape":
-        view.help = view.zoom = False
-        view.filter = ""
-    elif key == "enter" and view.view == 5:
-        view.zoom = not view.zoom
-    elif key == "enter":
-        stop_following(view, log)
-        view.view = 3
-    elif key == "p":
-        view.look = replace(view.look, palette=after(tuple(PALETTES), view.look.palette))
-    elif key == "a":
-        view.look = replace(view.look, glyphs=after(tuple(DOTS), view.look.glyphs))
-    elif key == "t":
-        view.look = replace(view.look, light=not view.look.light)
-    elif key == "?":
-        view.help, view.pick = not view.help, 0
-    elif key in ("q", "e"):
-        return {"q": "quit", "e": "save"}[key]
+    far = 10**9
+    across = {"left": -1, "h": -1, "right": 1, "l": 1, "shift+left": -10, "H": -10, "shift+right": 10,
+              "L": 10, "home": -far, "0": -far, "end": far, "$": far}.get(key, 0)
+    down = {"up": -1, "k": -1, "down": 1, "j": 1}.get(key, 0)
+    page = {"pageup": -1, "K": -1, "pagedown": 1, "J": 1}.get(key, 0)
+    charts = view.number == 5
+    match key:
+        case _ if down and (view.help or view.number == 6):
+            view.pick = max(0, view.pick + down)
+        case _ if (across or down) and charts and not view.zoom:
+            view.pick = max(0, min(view.pick + across + 3 * down, len(metric_names(view, logs)) - 1))
+        case _ if page or across and charts or down and view.number == 2:
+            go_iteration(view, log, page or across or down)
+        case _ if down and view.number == 1 and len(logs) > 1:
+            view.run = max(0, min(view.run + down, len(logs) - 1))
+        case _ if down:
+            go_sample(view, log, down)
+        case _ if across:
+            sample = stay(view, log)
+            view.t = max(0, min(step_of(view, sample) + across, sample.T - 1)) if sample else None
+        case "1" | "2" | "3" | "4" | "5" | "6":
+            view.number, view.zoom, view.help, view.pick = int(key), False, False, 0
+        case "tab" | "shift+tab":
+            view.number = (view.number - (0 if key == "tab" else 2)) % 6 + 1
+            view.zoom, view.help, view.pick = False, False, 0
+        case "n" | "N" if view.number in (2, 5, 6):
+            here = run.it if view.it is None else view.it
+            its = sorted({it for it, _, _ in run.alerts if (it > here if key == "n" else it < here)})
+            if its:
+                view.it, view.follow = its[0 if key == "n" else -1], False
+                view.note = next(f"it {it}: {words}" for it, _, words in run.alerts if it == view.it)
+        case "n" | "N":
+            sample = stay(view, log)
+            if sample and sample.sel:
+                chosen, t = sorted(sample.sel), step_of(view, sample)
+                at = bisect_left(chosen, t + 1) if key == "n" else bisect_left(chosen, t) - 1
+                view.t = chosen[at % len(chosen)]
+        case "space":
+            playing, sample = view.playing, stay(view, log)
+            view.playing = not playing and sample is not None
+            if view.playing and step_of(view, sample) >= sample.T - 1:
+                view.t = -1
+        case "<" | ">":
+            view.speed = max(1.0, min(64.0, view.speed * (2 if key == ">" else 0.5)))
+            view.note = f"{view.speed:g} steps a second"
+        case "g":
+            stay(view, log)
+            view.it, view.s = 0, 0
+        case "G" | "f" if key == "G" or not view.follow:
+            view.it, view.t, view.follow, view.playing = None, None, True, False
+        case "f":
+            stay(view, log)
+        case "c":
+            view.colour = following(COLOURS, view.colour)
+        case "x":
+            view.guess = not view.guess
+        case "s" if view.number == 4:
+            view.sort = following(SORTS, view.sort)
+        case "s":
+            view.smooth = following(SMOOTH, view.smooth)
+            view.note = f"smoothing {view.smooth:g}"
+        case "y":
+            view.log = not view.log
+            view.note = f"{'logarithmic' if view.log else 'linear'} charts"
+        case "/":
+            view.typing, view.filter, view.pick = True, "", 0
+            view.number = view.number if view.number == 4 else 5
+        case "escape":
+            view.help, view.zoom, view.filter = False, False, ""
+        case "enter" if charts:
+            view.zoom = not view.zoom
+        case "enter":
+            stay(view, log)
+            view.number = 3
+        case "p":
+            view.look = replace(view.look, palette=following(tuple(PALETTES), view.look.palette))
+        case "a":
+            view.look = replace(view.look, glyphs=following(tuple(DOTS), view.look.glyphs))
+        case "t":
+            view.look = replace(view.look, light=not view.look.light)
+        case "?":
+            view.help, view.pick = not view.help, 0
+        case "q":
+            return "quit"
+        case "e":
+            return "save"
     return ""
 
 
-def after(values: Sequence, value: object) -> object:
-    """The next of a cycle."""
-    return values[(list(values).index(value) + 1) % len(values)]
+def following(values: Sequence, value: object) -> object:
+    """The next in a cycle."""
+    return values[(values.index(value) + 1) % len(values)]
 
 
-def stop_following(view: View, log: Log) -> Sample | None:
-    """Stay with what is on the screen, whatever arrives; the sample that is then shown."""
-    view.follow = False
-    key = key_at(view, log)
-    if key:
-        view.it = key[0]
-    return log.sample(key) if key else None
+def stay(view: View, log: Log) -> Sample | None:
+    """Stop following: keep what is on the screen, whatever arrives. The sample that this leaves."""
+    view.follow = view.playing = False
+    key = key_of(view, log)
+    if key is None:
+        return None
+    view.it, view.s = key
+    return log.sample(*key)
 
 
-def step(view: View, log: Log, by: int) -> None:
-    sample = stop_following(view, log)
-    view.playing = False
-    if sample:
-        view.t = max(0, min(step_of(view, sample) + by, sample.T - 1))
-
-
-def iteration(view: View, log: Log, by: int) -> None:
+def go_iteration(view: View, log: Log, by: int) -> None:
     its = sorted(log.run.entropy) or [0]
-    here = its[-1] if view.it is None else view.it
-    at = max(0, min(bisect_left(its, here) + by, len(its) - 1))
-    view.it, view.follow = its[at], False
+    at = bisect_left(its, its[-1] if view.it is None else view.it) + by
+    view.it, view.follow, view.playing = its[max(0, min(at, len(its) - 1))], False, False
 
 
-def move_sample(view: View, log: Log, by: int) -> None:
-    keys = sample_keys(view, log) if view.view == 4 else sorted(log.run.samples)
-    stop_following(view, log)
-    key = key_at(view, log)
+def go_sample(view: View, log: Log, by: int) -> None:
+    """To the next row of the table in view 4; else to the next sample, later iterations after."""
+    keys = sample_keys(view, log) if view.number == 4 else sample_keys(View(), log)[::-1]
+    stay(view, log)
     if keys:
-        at = keys.index(key) + by if key in keys else 0
-        view.it, near = keys[max(0, min(at, len(keys) - 1))]
-        view.s = sorted(s for it, s in log.run.samples if it == view.it).index(near)
+        here = (view.it, view.s)
+        at = keys.index(here) + by if here in keys else 0
+        view.it, view.s = keys[max(0, min(at, len(keys) - 1))]
 
 
 def play(view: View, log: Log) -> None:
     """One step of the playback."""
-    sample = current(view, log)
-    last = (sample.T if sample else 0) - 1
+    sample = on_screen(view, log)
+    last = sample.T - 1 if sample else 0
     view.t = min((-1 if view.t is None else view.t) + 1, last)
     view.playing = view.t < last
 
 
-def save(view: View, logs: Sequence[Log], width: int, height: int) -> str:
-    """Write the screen beside the log; what to tell the user."""
-    rows = frame(view, logs, width, height)
-    path = logs[view.focus].path.with_name(f"screen-{time.strftime('%Y%m%d-%H%M%S')}.svg")
-    try:
-        path.write_text(svg(rows, view.look))
-        path.with_suffix(".txt").write_text(plain(rows) + "\n")
-    except OSError as error:
-        return f"could not save: {error}"
-    return f"saved {path.name} and {path.with_suffix('.txt').name}"
+def changed(old: Row, new: Row) -> tuple[int, int]:
+    """The first cell and the one after the last in which two rows of one width differ."""
+    def same(a: Iterable, b: Iterable) -> int:
+        count = 0
+        for left, right in zip(a, b):
+            if left != right:
+                break
+            count += cell_len(left[0])
+        return count
+    return same(old, new), cells(new) - same(reversed(old), reversed(new))
 
 
 def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
-    """The Textual app; hz 0 leaves polling to whoever calls `pump`."""
+    """The Textual app. With hz 0 it reads only when somebody calls its `pump`."""
     from rich.segment import Segment
     from rich.style import Style
     from textual import events
@@ -1687,65 +1686,64 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
     from textual.strip import Strip
     from textual.widget import Widget
 
-    class Frame(Widget):
-        """One widget for the whole screen. Only the cells that differ are painted again."""
+    class Screenful(Widget):
+        """One widget for the whole screen; of a new frame it repaints the cells that differ."""
 
-        DEFAULT_CSS = "Frame { width: 100%; height: 100%; }"
         rows: list[Row] = []
         base = Style()
 
-        def paint(self, rows: list[Row]) -> None:
-            regions = [Region(first, y, last - first, 1) for y, (old, new) in enumerate(zip(self.rows, rows))
-                       if old != new for first, last in [changed(old, new)]]
-            whole = len(rows) != len(self.rows) or view.look.bg != self.look.bg
-            self.rows, self.look = rows, view.look
-            self.base = Style.parse(f"{view.look.fg} on {view.look.bg}")
-            if whole:
-                self.refresh()
-            elif regions:
+        def show(self, rows: list[Row]) -> None:
+            base = Style.parse(f"{view.look.fg} on {view.look.bg}")
+            if len(rows) != len(self.rows) or base != self.base:
+                regions = [self.size.region]
+            else:
+                spans = [(y, *changed(a, b)) for y, (a, b) in enumerate(zip(self.rows, rows)) if a != b]
+                regions = [Region(start, y, end - start, 1) for y, start, end in spans]
+            self.rows, self.base = rows, base
+            if regions:
                 self.refresh(*regions)
-
-        look = view.look
 
         def render_line(self, y: int) -> Strip:
             row = self.rows[y] if y < len(self.rows) else [(" " * self.size.width, "")]
             return Strip([Segment(text, self.base + Style.parse(style)) for text, style in row])
 
     class Monitor(App):
-        CSS = "Screen { overflow: hidden; }"
+        CSS = "Screen { overflow: hidden; } Screenful { width: 100%; height: 100%; }"
         ENABLE_COMMAND_PALETTE = False
         BINDINGS = [Binding("ctrl+c", "quit", priority=True),
-                    Binding("tab", "press('tab')", priority=True), Binding("shift+tab", "press('shift+tab')", priority=True)]
+                    Binding("tab", "press('tab')", priority=True),
+                    Binding("shift+tab", "press('shift+tab')", priority=True)]
 
         def compose(self) -> ComposeResult:
-            self.picture = Frame()
-            yield self.picture
+            self.screenful = Screenful()
+            yield self.screenful
 
         def on_mount(self) -> None:
+            self.stepped = 0.0
             if hz:
                 self.set_interval(1 / hz, self.pump)
-                self.set_interval(1 / 30, self.advance)
-            self.clock = time.monotonic()
-            self.call_after_refresh(self.pump)
+                self.player = self.set_interval(1 / 64, self.advance, pause=True)
 
         def on_resize(self, event: events.Resize) -> None:
-            self.draw()
+            self.pump()
 
         def draw(self) -> None:
-            self.picture.paint(frame(view, logs, *self.size))
+            self.screenful.show(frame(view, logs, *self.size))
 
         def pump(self) -> None:
-            """Read what is new and show it."""
+            """Read what is new, for 40 ms at most, and show it; go on at once if there is more."""
             behind = [log.poll() for log in logs]
             self.draw()
-            if any(behind) and hz:
-                self.call_later(self.pump)
+            if hz and any(behind):
+                self.set_timer(0.01, self.pump)
 
         def advance(self) -> None:
-            if view.playing and time.monotonic() - self.clock >= 1 / view.speed:
-                self.clock = time.monotonic()
-                play(view, logs[view.focus])
+            if view.playing and time.monotonic() - self.stepped >= 1 / view.speed:
+                self.stepped = time.monotonic()
+                play(view, logs[view.run])
                 self.draw()
+            elif not view.playing:
+                self.player.pause()
 
         def action_press(self, key: str) -> None:
             wish = press(view, key, logs)
@@ -1753,158 +1751,152 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
                 self.exit()
             elif wish == "save":
                 view.note = save(view, logs, *self.size)
+            elif view.playing and hz:
+                self.player.resume()
             self.draw()
 
         def on_key(self, event: events.Key) -> None:
-            self.action_press(event.character if event.is_printable and event.character != " " else event.key)
+            printable = event.is_printable and event.character != " "
+            self.action_press(event.character if printable else event.key)
 
     return Monitor()
-
-
-def changed(old: Row, new: Row) -> tuple[int, int]:
-    """The cells from the first to the last that differ between two rows of one width."""
-    first = last = 0
-    for a, b in zip(old, new):
-        if a != b:
-            break
-        first += cell_len(a[0])
-    for a, b in zip(reversed(old), reversed(new)):
-        if a != b:
-            break
-        last += cell_len(a[0])
-    width = sum(cell_len(text) for text, _ in new)
-    return first, max(first + 1, width - last)
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 
 def find(name: str | None) -> Path:
-    """The event log that a run folder, a file or nothing (the newest under runs/) stands for."""
+    """The log that a run folder, a file, or nothing (the newest under runs/) stands for."""
     if name is None:
         logs = sorted(Path("runs").glob("*/events.jsonl"), key=lambda path: path.stat().st_mtime)
         if not logs:
-            raise FileNotFoundError("no run under runs/: start one with `python egspo.py`, or name a run folder")
+            raise FileNotFoundError("no run under runs/: start one with `python egspo.py` or name a run folder")
         return logs[-1]
     path = Path(name)
     if not path.exists():
-        raise FileNotFoundError(f"no such run: {name} (a run folder, or its events.jsonl)")
+        raise FileNotFoundError(f"no such run: {name} (a run folder or its events.jsonl)")
     return path / "events.jsonl" if path.is_dir() else path
 
 
 def summary(log: Log) -> dict:
-    """The last state of a run, for scripts."""
+    """The last state of a run for scripts; numbers that JSON does not have are strings."""
     run, (state, age) = log.run, log.status()
-    def safe(value: object) -> object:
-        return value if not isinstance(value, float) or math.isfinite(value) else str(value)
-    return {"run": log.name, "path": str(log.path), "status": state, "age_s": round(age, 1), "done": run.done,
-            "iters": run.size("iters"), "phase": run.phase, "task": run.meta.get("task"), "model": run.meta.get("model"),
-            "metrics": {name: safe(run.latest(name)) for name in run.series},
-            "evals": {it: {k: safe(v) for k, v in e.items()} for it, e in run.evals.items()},
-            "checkpoint": run.ckpt.get("path"), "alerts": run.alerts[-20:], "lines": run.lines, "bad_lines": run.bad}
+
+    def safe(values: dict) -> dict:
+        return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+    return {"run": log.name, "log": str(log.path), "status": state, "age_s": round(age, 1),
+            "it": run.it, "done": run.done, "iters": run.size("iters"), "phase": run.phase,
+            "task": run.meta.get("task"), "model": run.meta.get("model"),
+            "metrics": safe({name: run.latest(name) for name in run.series}),
+            "evals": {it: safe(e) for it, e in run.evals.items()}, "checkpoint": run.ckpt.get("path"),
+            "alerts": run.alerts[-20:], "lines": run.lines, "bad_lines": run.bad}
 
 
 def follow(log: Log, hz: float) -> None:
-    """One line per iteration, and per evaluation, alert and end, until the run ends."""
-    told: set = set()
+    """Print a line for each iteration, evaluation and alert, until the run has ended."""
+    told: set[tuple] = set()
     while True:
-        behind, run = log.poll(), log.run
-        lines = []
-        for it in sorted(run.entropy):
-            values = [(name, run.series[name]) for name in HEALTH if name in run.series]
-            text = "  ".join(f"{name} {num(s.values[at])}" for name, s in values[:8]
-                             if (at := bisect_left(s.its, it)) < len(s.its) and s.its[at] == it)
-            lines.append((it, 1, f"it {it:>5}  {text}"))
-        for it, e in run.evals.items():
-            lines.append((it, 0, f"it {it:>5}  eval  " + "  ".join(f"{k} {num(v) if isinstance(v, float) else v}" for k, v in e.items())))
-        lines += [(it, 2, f"it {it:>5}  {level}: {message}") for it, level, message in run.alerts]
-        for line in sorted(lines):
-            if line not in told:
-                told.add(line)
-                print(line[2], flush=True)
+        behind, run, lines = log.poll(), log.run, []
+        names = [name for name in HEALTH if name in run.series][:8]
+        for it in run.series[names[0]].its if names else ():
+            at = {name: bisect_left(run.series[name].its, it) for name in names}
+            lines.append((it, 1, "  ".join(f"{name} {num(run.series[name].values[i])}" for name, i in at.items()
+                                           if i < len(run.series[name].its))))
+        lines += [(it, 0, f"eval  accuracy {e['accuracy']:.1%} of {e['n']}") for it, e in run.evals.items()]
+        lines += [(it, 2, f"{level}  {words}") for it, level, words in run.alerts]
+        for line in sorted(set(lines) - told):
+            print(f"it {line[0]:>5}  {line[2]}", flush=True)
+        told.update(lines)
         state = log.status()[0]
-        if not behind and state in ("finished", "stopped", "crashed", "dead"):
-            print(f"{state} after {run.done} updates")
+        if not behind and state not in ("live", "quiet", "waiting"):
+            print(f"{state} after {run.done} updates", flush=True)
             return
         time.sleep(0 if behind else 1 / hz)
 
 
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tui.py", description="Watch a training run, or look at one that is over; several to compare.",
+        epilog="Exit codes: 0 fine, 2 no such run, 3 the log is newer than this program.")
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="run folder or events.jsonl (default: the newest under runs/)")
+    add("--once", action="store_true", help="print one frame (the default without a terminal)")
+    add("--plain", action="store_true", help="one line per iteration, like tail -f")
+    add("--json", action="store_true", help="the last state as JSON")
+    add("--list", action="store_true", help="all runs under RUN (default runs/) and their state")
+    add("--svg", metavar="FILE", type=Path, help="write one frame as a picture")
+    add("--replay", type=float, default=0.0, metavar="SPEED", help="show a log as if it was being written")
+    add("--serve", nargs="?", type=int, const=8000, metavar="PORT", help="the same in a browser, on 127.0.0.1")
+    add("--view", default="1", choices=[*VIEWS, *"123456"], metavar="VIEW", help=f"{', '.join(VIEWS)}, or 1-6")
+    add("--it", type=int, help="open at this iteration ...")
+    add("--sample", type=int, help="... this sample of it ...")
+    add("--step", type=int, help="... and this denoising step")
+    add("--guess", action="store_true", help="show the one-step completions, like key x")
+    add("--size", metavar="WxH", help="of a frame that goes not to a terminal (default: COLUMNS x LINES)")
+    add("--hz", type=float, default=4.0, help="looks at the log a second (default 4)")
+    add("--palette", default="viridis", choices=PALETTES)
+    add("--ascii", action="store_true", help="nothing but ASCII")
+    add("--light", action="store_true", help="for a light terminal (default: as COLORFGBG says)")
+    return parser.parse_args()
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="tui.py", description="Watch a training run, or look at one that is over.",
-                                     epilog="Exit codes: 0 fine, 2 no such run, 3 the log is of a newer version.")
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder or events.jsonl (default: the newest under runs/)")
-    parser.add_argument("--once", action="store_true", help="print one frame as plain text (the default without a terminal)")
-    parser.add_argument("--plain", action="store_true", help="one line per iteration, like tail -f")
-    parser.add_argument("--json", action="store_true", help="print the last state as JSON")
-    parser.add_argument("--list", action="store_true", help="list the runs under runs/ with their state")
-    parser.add_argument("--svg", metavar="FILE", help="write one frame as a picture (size: COLUMNS and LINES)")
-    parser.add_argument("--replay", type=float, default=0.0, metavar="SPEED", help="show a finished log as if live, this much faster")
-    parser.add_argument("--serve", nargs="?", type=int, const=8000, metavar="PORT", help="offer the monitor in a browser on 127.0.0.1")
-    parser.add_argument("--view", default="overview", choices=VIEWS + list("123456"), metavar="VIEW", help=", ".join(VIEWS))
-    parser.add_argument("--it", type=int, help="open at this iteration")
-    parser.add_argument("--sample", type=int, help="... at this sample of it")
-    parser.add_argument("--step", type=int, help="... at this denoising step")
-    parser.add_argument("--guess", action="store_true", help="... with the one-step completion shown")
-    parser.add_argument("--hz", type=float, default=4.0, help="looks at the file per second")
-    parser.add_argument("--palette", default="viridis", choices=PALETTES)
-    parser.add_argument("--ascii", action="store_true", help="no character outside ASCII")
-    parser.add_argument("--light", action="store_true", default=os.environ.get("COLORFGBG", "").endswith(";15"),
-                        help="for a light terminal")
-    args = parser.parse_args()
-    size = shutil.get_terminal_size((120, 40))
+    args = arguments()
+    asked = args.once or args.plain or args.json or args.list or args.svg
+    screen = all(stream.isatty() for stream in (sys.__stdin__, sys.__stdout__, sys.__stderr__)) and (
+        os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("CI"))
+    live = not asked and (screen or args.serve or "TEXTUAL_DRIVER" in os.environ)
     try:
-        paths = [find(name) for name in args.runs or [None]] if not args.list else [
-            Path(p) for p in sorted(Path(args.runs[0] if args.runs else "runs").glob("*/events.jsonl"))]
-        asked = args.once or args.plain or args.json or args.svg or args.list
-        screen = sys.__stdin__.isatty() and sys.__stdout__.isatty() and sys.__stderr__.isatty() and (
-            os.environ.get("TERM", "dumb") != "dumb" and "CI" not in os.environ)
-        interactive = not asked and (screen or "TEXTUAL_DRIVER" in os.environ or args.serve)
-        if not interactive and not all(path.exists() for path in paths):
-            raise FileNotFoundError(f"no events yet: {next(path for path in paths if not path.exists())}")
+        paths = [find(name) for name in args.runs or [None]] if not args.list else sorted(
+            Path(args.runs[0] if args.runs else "runs").glob("*/events.jsonl"))
+        missing = [path for path in paths if not path.exists()]
+        if missing and not live:
+            raise FileNotFoundError(f"no events yet: {missing[0]}")
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 2
     if args.serve:
         from textual_serve.server import Server
-        words = [word for word in sys.argv[1:] if not word.startswith("--serve") and word != str(args.serve)]
-        Server(" ".join(map(repr, [sys.executable, __file__, *words])), host="127.0.0.1", port=args.serve).serve()
+        words = [word for word in sys.argv[1:] if word not in ("--serve", str(args.serve))]
+        Server(shlex.join([sys.executable, __file__, *words]), "127.0.0.1", args.serve).serve()
         return 0
-    wide = (sys.stdout.encoding or "").lower().startswith("utf")
-    look = Look(args.palette, "ascii" if args.ascii or not (wide or interactive) else "braille", args.light)
-    view = View(look=look, view=VIEWS.index(args.view) + 1 if args.view in VIEWS else int(args.view),
-                it=args.it, s=args.sample or 0, t=args.step, guess=args.guess,
-                follow=args.it is None and args.sample is None and args.step is None)
-    logs = [Log(path, args.replay, patience=20 if interactive else 0) for path in paths]
+    utf = (sys.stdout.encoding or "").lower().startswith("utf")
+    look = Look(args.palette, "ascii" if args.ascii or not utf else "braille",
+                args.light or os.environ.get("COLORFGBG", "").endswith(";15"))
+    at = (args.it, args.sample, args.step)
+    view = View(number=VIEWS.index(args.view) + 1 if args.view in VIEWS else int(args.view), it=args.it,
+                s=args.sample or 0, t=args.step, follow=at == (None,) * 3, guess=args.guess, look=look)
+    logs = [Log(path, args.replay, patience=20 if live else 0) for path in paths]
     for log in logs:
-        while not (interactive or args.plain) and log.poll():
-            pass
-        if interactive and log.poll(0.1) is None:
+        while log.poll(0.05) and not live:
             pass
     if any(log.run.newer for log in logs):
-        print(f"the log is of a newer version than this monitor knows ({SCHEMA}): update tui.py", file=sys.stderr)
+        print(f"the log is newer than this program, which knows version {SCHEMA}: update tui.py", file=sys.stderr)
         return 3
-    if interactive:
+    size = tuple(map(int, args.size.split("x"))) if args.size else shutil.get_terminal_size((120, 40))
+    if live:
         app = make_app(logs, view, args.hz)
-        signal.signal(signal.SIGTERM, lambda *_: app.exit())
+        signal.signal(signal.SIGTERM, lambda *_: app.exit())  # the terminal is put back in order
         app.run()
     elif args.list:
         for log in logs:
-            print(f"{log.status()[0]:<9} {log.run.done:>6}/{log.run.size('iters'):<6} reward {num(log.run.latest('reward/mean')):>6}"
-                  f"  {span(log.status()[1]):>7} ago  {log.path.parent}")
+            state, age = log.status()
+            print(f"{state:<9} {log.run.done:>6}/{log.run.size('iters'):<6} reward "
+                  f"{num(log.run.latest('reward/mean')):>6}  {span(age):>8} ago  {log.path.parent}")
     elif args.json:
         print(json.dumps(summary(logs[0]), allow_nan=False))
     elif args.plain:
         follow(logs[0], args.hz)
     elif args.svg:
-        Path(args.svg).write_text(svg(frame(view, logs, *size), look))
+        args.svg.write_text(svg(frame(view, logs, *size), look), encoding="utf-8")
     else:
-        sys.stdout.reconfigure(errors="replace")
-        print(plain(frame(view, logs, *size)))
+        print(plain(frame(view, logs, *size)).encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
     return 0
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(0)
