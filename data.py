@@ -282,13 +282,11 @@ def boxed(text: str) -> str | None:
 
 def final_answer(completion: str) -> str | None:
     r"""What the last <answer> tag holds, closed or not, out of its \boxed{} if it is in one;
-    without a tag the last \boxed{}; without either None."""
-    _, tag, rest = completion.rpartition("<answer>")
-    if not tag:
+    without a tag, or with nothing in it, the last \boxed{}; without either None."""
+    answer = completion.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+    if "<answer>" not in completion or not answer:
         return boxed(completion)
-    answer = rest.partition("</answer>")[0]
-    inner = boxed(answer)
-    return (answer if inner is None else inner).strip()
+    return (boxed(answer) or answer).strip()
 
 
 def well_formed(completion: str) -> float:
@@ -564,13 +562,14 @@ def toycode_functions() -> list[tuple[str, str]]:
 
 
 def toycode_rows(split: str, data_dir: str | None) -> list[dict]:
-    """Functions of two numbers and six hidden tests each. No two splits share a function."""
+    """Functions of two numbers and eight hidden tests each. No two splits share a function."""
     part = {"val": slice(HELD_OUT), "test": slice(HELD_OUT, 2 * HELD_OUT)}
     rng, rows = random.Random(f"toycode {split}"), []
     for words, code in toycode_functions()[part.get(split, slice(2 * HELD_OUT, None))]:
         of = eval(f"lambda a, b: {code}")
         inputs = [(rng.randint(-9, 9), rng.randint(-9, 9)) for _ in range(4)]
-        inputs += [(rng.randint(-9, 0), rng.randint(1, 9)), (rng.randint(1, 9), rng.randint(-9, 0))]
+        low, high = -rng.randint(10, 20), rng.randint(10, 20)  # to reach both arms of max and min
+        inputs += [(low, high), (high, low), (0, high), (high, 1)]
         tests = [f"assert f({a}, {b}) == {of(a, b)}" for a, b in inputs]
         rows.append({"text": words, "code": f"def f(a, b):\n    return {code}", "tests": tests})
     return rows
@@ -622,18 +621,26 @@ def math_judge(completion: str, answer: str) -> Reward:
     return Reward(correct + form, correct, correct=float(correct), format=form)
 
 
-ENDLESS = re.compile(  # in this order: a tower of powers, a large exponent, a large factorial
-    r"\^\s*(?:\{[^{}]*|[\w.(]+)\s*\^|\^[\s{(+-]*\d{4}|\d{3}\s*[)}]*\s*!|!\s*!"
+PLAIN = re.compile(r"-?\d{1,3}(?:,?\d{3}){0,9}(?:\.\d{1,30})?", re.ASCII)
+HOPELESS = re.compile(  # what takes forever to work out, or no answer looks like
+    r"\^\s*(?:\{[^{}]*|[\w.(]+)\s*\^|\^[\s{(+-]*\d{4}|[)}]\s*\^[\s{(+-]*\d{3}"  # towers of powers
+    r"|\d{3}\s*[)}]*\s*!|!\s*!"  # large factorials
+    r"|\\(?:sum|prod|int|lim|boxed)(?![a-z])|[-+*/]{4}|[({[]{6}|[^ -~\s]|[`#@\"]|<\W"  # not answers
 )
 
 
 @lru_cache(maxsize=100_000)
 def same_math(found: str, gold: str) -> bool:
-    """Whether two LaTeX answers are equal. Long ones, and numbers that would take forever to work
-    out, are compared as strings only."""
+    """Whether two LaTeX answers are equal. Texts of more than 200 characters, and those that would
+    take forever to work out, are compared as strings only."""
     if published_equal(found, gold):
         return True
-    if len(found) > 300 or not re.search(r"\w", found) or ENDLESS.search(found.replace("**", "^")):
+    if PLAIN.fullmatch(found) and PLAIN.fullmatch(gold):
+        return number(found) == number(gold)
+    letters = len(re.sub(r"\\(?:text\w*|mbox|begin|end)\s*{[^{}]*}|\\[a-z]+|[^a-zA-Z]", "", found))
+    if len(found) > 200 or letters > 12 or found.count("{") != found.count("}"):
+        return False
+    if not re.search(r"\w", found) or HOPELESS.search(found.replace("**", "^")):
         return False
     return algebra().same(found, gold)
 
@@ -815,19 +822,21 @@ def code_block(completion: str) -> str | None:
 
 
 def program(completion: str, answer: dict) -> str | None:
-    """The program of a completion, None where it does not parse. HumanEval's prompt goes before it:
-    all of it where only the body was written, else the imports and helpers."""
+    """The program of a completion; None where it does not parse or lacks a name that the tests use.
+    HumanEval's prompt goes before it: all of it where only the body was written, else what is above
+    the function."""
     code = code_block(completion)
     code = completion if code is None else code
     if "entry" in answer:
-        whole = f"def {answer['entry']}" in code
-        code = (answer["job"]["before"] if whole else answer["prompt"]) + code
+        only_body = code[:1].isspace() and f"def {answer['entry']}" not in code
+        code = (answer["prompt"] if only_body else answer["job"]["before"]) + code
     try:
         with warnings.catch_warnings(action="ignore"):  # odd escapes in a model's strings
-            ast.parse(code)
+            tree = ast.parse(code)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return None
-    return code
+    said = {getattr(node, "name", getattr(node, "id", None)) for node in ast.walk(tree)}
+    return code if said.issuperset(answer["job"]["names"]) else None
 
 
 def code_judge_all(completions: list[str], answers: list[dict]) -> list[Reward]:
@@ -862,9 +871,9 @@ def sandbox() -> Sandbox:
 
 
 # ---- the published scorer ------------------------------------------------------------------------
-# The rules behind the published tables (d1's evaluation, which the method's authors use too), faults
-# included, so that --compat reproduces their rows: GSM8K takes the first box, a text without a box
-# is its own answer, Sudoku is compared with one stored grid. The rules are theirs, the code is not.
+# The rules behind the published tables (d1's evaluation, which the method's authors use too), with
+# their faults, so that --compat reproduces those rows: GSM8K takes the first box, a text without a
+# box is its own answer, Sudoku is compared with one stored grid. The code is our own.
 
 END = re.compile(r"<\|(?:eot_id|endoftext|im_end)\|>")
 
