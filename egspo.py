@@ -90,6 +90,10 @@ class Config:
     resume: bool = False  # continue the run in --out
     eval_only: bool = False  # evaluate --model on the test split and stop
     eval_every: int = 50  # steps between evaluations on the validation split
+    eval_n: int = 0  # problems of an evaluation; 0: the whole split
+    lengths: tuple[int, ...] = ()  # with --eval-only: completion lengths, 2 tokens a step
+    samples: int = 0  # with --eval-only: sample so many answers a problem, for pass@k; 0: greedy
+    keep: int = 3  # newest checkpoints kept, beside the best on the validation split
     save_every: int = 50  # steps between checkpoints
 
     method: Literal["egspo", "diffu_grpo"] = "egspo"  # diffu_grpo: the one-step baseline of d1
@@ -123,6 +127,8 @@ class Config:
     compile: bool = True  # torch.compile the transformer's blocks
 
     data_dir: str = ""  # look here for data sets before the hub
+    train_set: str = ""  # humaneval and mbpp learn from kodcode (default) or mbpp
+    data: str = ""  # learn your own rows: a .jsonl file
     log_live: float = 4.0  # live denoising events a second; 0 turns them off
 
     def __post_init__(self):
@@ -138,16 +144,16 @@ class Config:
             if get_origin(hint) is Literal:
                 choices = " ".join(get_args(hint))
                 check(getattr(self, name) in get_args(hint), name, f"choose one of {choices}")
-        for flag in ("steps", "eval_every", "save_every", "K", "B", "C", "T", "block", "micro"):
+        for flag in ("steps", "eval_every", "save_every", "K", "B", "C", "T", "block", "micro", "mu", "keep"):
             check(getattr(self, flag) >= 1, flag, "must be at least 1")
         for flag in ("lr", "temperature", "max_grad_norm", "lora_alpha"):
             check(0 < getattr(self, flag) < math.inf, flag, "must be above 0 and finite")
         for flag in ("lam", "beta", "weight_decay", "eps_high", "log_live"):
             check(0 <= getattr(self, flag) < math.inf, flag, "must be at least 0 and finite")
-        for flag in ("P", "seed", "lora_r", "warmup"):
+        for flag in ("P", "seed", "lora_r", "warmup", "eval_n", "samples"):
             check(getattr(self, flag) >= 0, flag, "must be at least 0")
         check(0 <= self.eps_low < 1, "eps_low", "must be in [0, 1)")
-        check(self.mu >= 1, "mu", "must be at least 1")
+        check(not self.data_dir or Path(self.data_dir).is_dir(), "data_dir", "no such folder")
         check(self.G >= 2, "G", "a group needs at least 2 samples to compare")
         check(self.C % self.block == 0, "block", f"must divide --C {self.C}")
         check(self.C % self.T == 0, "T", f"must divide --C {self.C}, so that each step reveals C/T")
@@ -156,6 +162,9 @@ class Config:
             f"must be a multiple of C/T = {self.C // self.T}, so that a block takes whole steps",
         )  # fmt: skip
         check(self.K <= self.T, "K", f"cannot select more steps than --T {self.T}")
+        for length in self.lengths:
+            fits = length > 0 and length % 2 == 0 and length % min(self.block, length) == 0
+            check(fits, "lengths", f"each must be even and a multiple of --block {self.block}")
         check(
             self.quantize == "none" or self.lora_r > 0, "quantize",
             "quantised weights are frozen: train adapters with --lora-r 128",
@@ -622,31 +631,44 @@ def judge(task: data.Task, problems: list, answers: list[str], guesses: list[str
 
 
 def evaluate(run: Run, problems: list[data.Problem], cfg: Config) -> dict[str, float]:
-    """Greedy decoding of every problem once: accuracy with its Wilson 95 % interval, and the cost.
+    """Decode every problem: accuracy with its Wilson 95 % interval, rewards, and what it cost.
 
-    The ranks share the problems; the last batch is filled up with repeats that do not count, so that
-    the shapes are the rollout's.
+    Greedy, or with `samples` that many draws a problem and pass@k. The ranks share the problems; a
+    last batch is filled up with repeats that do not count, so that the shapes are the rollout's.
     """
-    policy, ranks, end = run.policy, run.ranks, run.policy.config.eos_id
-    mine, size, tally = problems[ranks.rank :: ranks.world], cfg.B * cfg.G, Tally()
+    policy, ranks, end, n = run.policy, run.ranks, run.policy.config.eos_id, max(1, cfg.samples)
+    mine, tally = problems[ranks.rank :: ranks.world], Tally()
+    size = max(1, cfg.B * cfg.G // n)
     began = time.monotonic()
     for first in progress(range(0, len(mine), size), "evaluating", ranks):
         chunk = mine[first : first + size]
-        padded = [chunk[i % len(chunk)] for i in range(size)]
-        roll = rollout(policy, *run.prompts(padded), cfg)
-        answers = texts(roll.token_NC[: len(chunk)], run.tokenizer, end)
-        for reward in data.TASKS[cfg.task].rewards(answers, chunk):
+        asked = [chunk[i % len(chunk)] for i in range(size) for _ in range(n)]
+        u_NT2J = None
+        if cfg.samples:
+            rows = range(first * n, first * n + len(asked))
+            u_NT2J = uniform((cfg.T, 2, cfg.block), rows, cfg.seed, ranks.rank, "evaluate")
+            u_NT2J = u_NT2J.to(ranks.device)
+        roll = rollout(policy, *run.prompts(asked), cfg, u_NT2J)
+        token_NC = roll.token_NC[: len(chunk) * n]
+        rewards = data.TASKS[cfg.task].rewards(
+            texts(token_NC, run.tokenizer, end), asked[: len(chunk) * n]
+        )
+        for reward in rewards:
             tally.add("accuracy", float(reward.correct))
             tally.add("reward", float(reward))
             for name, value in reward.parts.items():
                 tally.add(f"reward/{name}", value)
-        tally.add("tokens", lengths(roll.token_NC[: len(chunk)], end))
-        tally.add("forwards", roll.forwards / size)
+        for i in range(0, len(rewards), n) if cfg.samples else ():
+            wrong = sum(not reward.correct for reward in rewards[i : i + n])
+            for k in (k for k in (1, 2, 5, 10, 20, 50, 100) if k <= n):
+                tally.add(f"pass@{k}", 1 - math.comb(wrong, k) / math.comb(n, k))
+        tally.add("tokens", lengths(token_NC, end))
+        tally.add("forwards", roll.forwards / len(asked))
     m = tally.means(ranks)
     seconds = time.monotonic() - began
     lo, hi = wilson(m["accuracy"], len(problems))
-    return {**m, "lo": lo, "hi": hi, "n": len(problems), "seconds": seconds,
-            "tok_s": m["tokens"] * len(problems) / seconds}  # fmt: skip
+    speed = m["tokens"] * len(problems) * n / seconds
+    return {**m, "lo": lo, "hi": hi, "n": len(problems), "seconds": seconds, "tok_s": speed}
 
 
 def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -732,6 +754,8 @@ def between_steps(run: Run, step: int, start: int) -> None:
         with run.log.phase(step, "eval"):
             m = evaluate(run, run.val_set, cfg)
         run.log.eval(step, m)
+        if run.ranks.rank == 0:
+            note_evaluation(cfg.out, step, m)
 
 
 def advantages(reward_N: Tensor, early_NK: Tensor, moves: Moves, cfg: Config) -> Tensor:
@@ -957,10 +981,32 @@ def save_checkpoint(run: Run, step: int) -> None:
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         link(folder / "latest", final.name)
+        prune(folder, run.cfg.keep)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise Halt(f"cannot write the checkpoint {final}: {error}")
     run.log.write("ckpt", it=step, path=str(final), durable=True)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one."""
+    saved = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    for old in saved[:-keep]:
+        if old != (folder / "best").resolve():
+            shutil.rmtree(old)
+
+
+def note_evaluation(out: str, step: int, m: dict[str, float]) -> None:
+    """Write the score into the step's checkpoint, if it has one; `best` follows the accuracy."""
+    folder = Path(out) / "checkpoints"
+    if not (folder / f"step-{step}").exists():
+        return
+    best = folder / "best" / "validation.json"
+    record = json.loads(best.read_text())["accuracy"] if best.exists() else -1
+    score = {"step": step, "split": "val", **m}
+    (folder / f"step-{step}" / "validation.json").write_text(json.dumps(compact(score)) + "\n")
+    if m["accuracy"] > record:
+        link(folder / "best", f"step-{step}")
 
 
 def sync(path: Path) -> None:
@@ -1201,11 +1247,12 @@ def git_commit() -> str:
 
 def open_run(cfg: Config, ranks: Ranks, stop: StopSignal) -> tuple[Run, int]:
     """Load everything and say what was chosen. Returns the run and the step it starts from."""
-    out, checkpoint = Path(cfg.out), None
+    out, checkpoint, log = Path(cfg.out), None, None
     if cfg.resume:
+        log = EventLog(cfg, ranks)  # first of all: nobody else may be writing this run
         latest = out / "checkpoints" / "latest"
         checkpoint = latest.resolve() if latest.exists() else None
-    train_set, val_set = (load_problems(cfg, split) for split in ("train", "val"))
+    train_set, val_set = load_problems(cfg, "train"), load_problems(cfg, "val", cfg.eval_n)
     policy, tokenizer = load_policy(cfg, str(checkpoint or cfg.model), ranks)
     cfg.P = prompt_length(cfg, train_set + val_set, tokenizer)
     if cfg.lora_r > 0:
@@ -1222,7 +1269,7 @@ def open_run(cfg: Config, ranks: Ranks, stop: StopSignal) -> tuple[Run, int]:
     accelerate(policy, cfg, ranks.device)
     if ranks.rank == 0:
         describe_run(cfg, out)
-    log = EventLog(cfg, ranks)
+    log = log or EventLog(cfg, ranks)
     log.meta(resume=start if cfg.resume else None)
     introduce(cfg, policy, ranks, start)
     return Run(
@@ -1230,11 +1277,13 @@ def open_run(cfg: Config, ranks: Ranks, stop: StopSignal) -> tuple[Run, int]:
     ), start  # fmt: skip
 
 
-def load_problems(cfg: Config, split: str) -> list[data.Problem]:
-    problems = data.TASKS[cfg.task].load(split, cfg.data_dir or None)
+def load_problems(cfg: Config, split: str, most: int = 0) -> list[data.Problem]:
+    problems = data.TASKS[cfg.task].load(
+        split, cfg.data_dir or None, cfg.train_set or None, cfg.data or None
+    )
     if not problems:
         raise ValueError(f"--task {cfg.task}: the {split} split holds no problem")
-    return problems
+    return problems[: most or None]
 
 
 def load_policy(cfg: Config, path: str, ranks: Ranks) -> tuple[nn.Module, object]:
@@ -1262,6 +1311,49 @@ def never_emitted(net: nn.Module, tokenizer) -> Tensor:
     if c.pad_id != c.eos_id:
         never_V[c.pad_id] = True
     return never_V
+
+
+def model_folder(path: str) -> str:
+    """A run folder stands for its best checkpoint by validation accuracy, or else its latest."""
+    for name in ("best", "latest"):
+        if (Path(path) / "checkpoints" / name).exists():
+            return str(Path(path) / "checkpoints" / name)
+    return path
+
+
+def evaluate_only(cfg: Config, ranks: Ranks) -> int:
+    """The test split, once: a table on the terminal and its numbers in a file beside the weights."""
+    problems = load_problems(cfg, "test", cfg.eval_n)
+    policy, tokenizer = load_policy(cfg, cfg.model, ranks)
+    cfg.P = prompt_length(cfg, problems, tokenizer)
+    accelerate(policy, cfg, ranks.device)
+    run = Run(cfg, policy, None, None, tokenizer, [], [], ranks, None, None)
+    folder = Path(cfg.model).resolve() if Path(cfg.model).is_dir() else Path(cfg.out)
+    validation = folder / "validation.json"
+    if validation.exists():
+        m = json.loads(validation.read_text())
+        say(f"{folder}: validation accuracy {m['accuracy']} after {m['step']} steps")
+    say(f"{len(problems)} test problems of {cfg.task}, {'greedy' if not cfg.samples else 'sampled'}")
+    say("length  steps  accuracy  [95 % interval]  reward  tokens  tokens/s  forwards  seconds")
+    results = []
+    for length in cfg.lengths or (cfg.C,):
+        shape = dict(C=length, T=length // 2, block=min(cfg.block, length)) if cfg.lengths else {}
+        at = dataclasses.replace(cfg, **shape, K=1)
+        m = evaluate(run, problems, at)
+        results.append({"task": cfg.task, "split": "test", "length": at.C, "T": at.T, **m})
+        say(
+            f"{at.C:>6}  {at.T:>5}  {m['accuracy']:>8.3f}  [{m['lo']:.3f}, {m['hi']:.3f}]  "
+            f"{m['reward']:>7.3f}  {m['tokens']:>6.1f}  {m['tok_s']:>8.0f}  {m['forwards']:>8.1f}  "
+            f"{m['seconds']:>7.1f}"
+        )
+        for name in (name for name in m if name.startswith("pass@")):
+            say(f"        {name} {m[name]:.3f}")
+    if ranks.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"test-{cfg.task}.json"
+        file.write_text(json.dumps(compact(results), indent=1) + "\n")
+        say(f"written: {file}")
+    return 0
 
 
 def prompt_length(cfg: Config, problems: list[data.Problem], tokenizer) -> int:
@@ -1333,7 +1425,7 @@ def preset(argv: list[str]) -> Config:
         if not file.exists():
             raise ValueError(f"--resume: --out {given('--out')} holds no run (no config.json there)")
         return Config(**json.loads(file.read_text()))
-    path = given("--model") or ("GSAI-ML/LLaDA-8B-Instruct" if torch.cuda.is_available() else "tiny")
+    path = model_folder(given("--model") or "") or ("GSAI-ML/LLaDA-8B-Instruct" if torch.cuda.is_available() else "tiny")
     return Config(model=path, **(SMALL if is_small(path) else {}))
 
 
@@ -1356,8 +1448,10 @@ def parse(argv: list[str]) -> Config:
     except SystemExit as leaving:
         if not leaving.code:
             raise  # --help
-        words = errors.getvalue().partition("────\n")[2].partition("────")[0]
-        raise ValueError(" ".join(words.strip("╭─╮│╰╯").replace("│", " ").split())) from None
+        body = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:]]
+        told = itertools.takewhile(lambda line: line.strip("─╰╯"), body)  # up to the first rule
+        raise ValueError(" ".join(told).removeprefix("Error parsing Config: ")) from None
+    cfg.model = model_folder(cfg.model)
     if not cfg.out:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         cfg.out = f"runs/{cfg.task}-{Path(cfg.model).name}-{stamp}"
@@ -1377,7 +1471,7 @@ def main() -> int:
         cfg = parse(sys.argv[1:])
         ranks = Ranks()
         if cfg.eval_only:
-            return evaluate_only(cfg, ranks, stop)
+            return evaluate_only(cfg, ranks)
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         run, start = open_run(cfg, ranks, stop)
     except (ValueError, OSError) as error:
@@ -1393,6 +1487,8 @@ def main() -> int:
         return halt.code
     except BaseException as error:
         run.log.end("crashed", repr(error))
+        if ranks.world > 1 and ("gloo" in str(error) or isinstance(error, dist.DistError)):
+            return 1  # another rank has ended, and said why
         raise
     finally:
         ranks.close()

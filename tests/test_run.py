@@ -1,0 +1,299 @@
+"""Whole runs as a user starts them: real processes, real signals, real torchrun."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy import toy_model
+
+import egspo
+import letters  # noqa: F401  the task of these runs
+
+REPO = Path(__file__).parents[1]
+SMALL = (
+    "--task letters --C 12 --T 6 --block 12 --B 2 --G 2 --K 2 --micro 4 --no-compile --lr 1e-2 "
+    "--eval-every 4 --save-every 2 --eval-n 4 --precision float32"
+).split()
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    return toy_model(tmp_path_factory.mktemp("model") / "toy")
+
+
+def command(*words, ranks: int = 0) -> list[str]:
+    start = [sys.executable]
+    if ranks:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*start, str(REPO / "tests" / "letters.py"), *map(str, words)]
+
+
+def environment() -> dict:
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(*words, ranks: int = 0, cwd=None, **more) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*words, ranks=ranks), capture_output=True, text=True, timeout=300,
+        env=environment(), cwd=cwd, **more,
+    )  # fmt: skip
+
+
+def train(toy, out, *words, **more) -> subprocess.CompletedProcess:
+    done = run("--model", toy, *SMALL, "--out", out, *words, **more)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def events(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path) -> dict:
+    return load_file(out / "checkpoints" / "latest" / "model.safetensors")
+
+
+def same(a: dict, b: dict, atol: float = 0.0) -> bool:
+    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=0, atol=atol) for k in a)
+
+
+@pytest.fixture(scope="module")
+def whole(toy, tmp_path_factory) -> Path:
+    """Six steps without interruption."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(toy, out, "--steps", 6)
+    return out
+
+
+# ---- the run folder ------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_everything_that_the_monitor_and_a_reader_need(whole, toy):
+    cfg = json.loads((whole / "config.json").read_text())
+    assert cfg["steps"] == 6 and cfg["P"] > 0 and cfg["task"] == "letters"
+    assert (whole / "source" / "egspo.py").read_text() == (REPO / "egspo.py").read_text()
+    assert "torch" in (whole / "source" / "env.txt").read_text()
+    assert (whole / "checkpoints" / "latest").resolve().name == "step-6"
+    assert not same(weights(whole), load_file(toy / "model.safetensors"))
+    log = events(whole)
+    assert [event["q"] for event in log] == list(range(len(log)))
+    assert all(list(event)[:3] == ["e", "q", "ts"] for event in log)
+    kinds = [event["e"] for event in log]
+    assert kinds[0] == "meta" and kinds[-1] == "end" and log[-1]["status"] == "finished"
+    assert [event["it"] for event in log if event["e"] == "eval"] == [0, 4, 6]
+    assert [event["it"] for event in log if event["e"] == "ckpt"] == [2, 4, 6]
+    steps = [event for event in log if event["e"] == "step"]
+    assert [event["it"] for event in steps] == list(range(6))
+    wanted = "reward/mean reward/std loss kl clip_frac clip_hi clip_lo ratio/mean ratio/max adv/abs " \
+        "grad_norm lr entropy/mean entropy/sel zero_adv_frac len/mean len/max trunc_frac tok_s " \
+        "t/rollout t/score t/logp t/update t/total eta_s"  # fmt: skip
+    for event in steps:
+        assert set(wanted.split()) <= event["m"].keys()
+        assert len(event["ent"]) == 6 and sum(event["sel"]) == event["n"] * 2
+    for event in (event for event in log if event["e"] == "eval"):
+        assert event["m"]["lo"] <= event["m"]["accuracy"] <= event["m"]["hi"]
+        assert event["n"] == 4 and event["split"] == "val"
+    for event in (event for event in log if event["e"] == "sample"):
+        assert sorted(set(event["rev"])) == list(range(6)) and len(event["tok"]) == 12
+        assert len(event["sel"]) == len(event["adv"]) == len(event["ratio"]) == len(event["srw"]) == 2
+        assert len(event["x0"]) == 2 and len(event["x0"][0]) == 12
+    assert "denoise" in kinds and "group" in kinds and "phase" in kinds
+    assert all(len(line) < 65536 for line in (whole / "events.jsonl").read_bytes().splitlines())
+
+
+def test_a_checkpoint_is_a_model_and_equal_seeds_are_equal_runs(whole, toy, tmp_path):
+    train(toy, tmp_path / "again", "--steps", 6)
+    assert same(weights(whole), weights(tmp_path / "again"))
+    done = run("--model", whole / "checkpoints" / "latest", *SMALL, "--eval-only", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    train(toy, tmp_path / "other", "--steps", 6, "--seed", 1)
+    assert not same(weights(whole), weights(tmp_path / "other"))
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_kept(whole, toy):
+    before = (whole / "events.jsonl").read_bytes()
+    done = run("--model", toy, *SMALL, "--out", whole)
+    assert done.returncode == 2 and "--resume" in done.stderr and done.stderr.count("\n") == 1
+    assert (whole / "events.jsonl").read_bytes() == before
+
+
+# ---- resume --------------------------------------------------------------------------------------
+
+
+def test_killed_at_random_moments_and_resumed_equals_uninterrupted(whole, toy, tmp_path):
+    out, chance = tmp_path / "killed", random.Random(0)
+    words = ["--model", toy, *SMALL, "--out", out, "--steps", 6]
+    for attempt in range(30):
+        resume = ["--resume"] if (out / "config.json").exists() else []
+        process = subprocess.Popen(
+            command(*words, *resume), env=environment(),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        if attempt < 4:
+            for line in process.stdout:  # killed somewhere in the first or second step it makes
+                if line.startswith("step"):
+                    break
+            time.sleep(chance.random() * 0.3)
+            process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=120)
+        if process.returncode == 0:
+            break
+    assert attempt == 4
+    assert same(weights(whole), weights(out))
+    last = json.loads((out / "checkpoints" / "latest" / "config.json").read_text())
+    assert last == json.loads((whole / "checkpoints" / "latest" / "config.json").read_text())
+    log, rewards = events_of_the_final_history(out), events(whole)
+    pick = lambda log: [(e["it"], e["m"]["reward/mean"], e["ent"]) for e in log if e["e"] == "step"]
+    assert pick(log) == pick(rewards)
+
+
+def events_of_the_final_history(out: Path) -> list[dict]:
+    """What a reader keeps: a resume forgets the steps from there on; a torn line is skipped."""
+    kept = []
+    for line in (out / "events.jsonl").read_text().splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if event["e"] == "meta" and event["resume"] is not None:
+            kept = [e for e in kept if e.get("it", -1) < event["resume"]]
+        kept.append(event)
+    return kept
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_so_in_its_exit_code(toy, whole, tmp_path, number, code):
+    out = tmp_path / "stopped"
+    words = ["--model", toy, *SMALL, "--out", out, "--steps", 6, "--save-every", 100]
+    process = subprocess.Popen(
+        command(*words), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step    2"):
+            break
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == code, stderr
+    assert "Traceback" not in stderr and "step-" in stderr
+    assert events(out)[-1]["e"] == "end" and events(out)[-1]["status"] == "stopped"
+    train(toy, out, "--steps", 6, "--resume")
+    assert same(weights(whole), weights(out))
+
+
+def test_resuming_a_finished_run_changes_nothing(whole, toy, tmp_path):
+    before = weights(whole)
+    done = run("--out", whole, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert same(before, weights(whole))
+
+
+def test_a_second_writer_is_refused(toy, tmp_path):
+    out = tmp_path / "busy"
+    words = ["--model", toy, *SMALL, "--out", out, "--steps", 1000]
+    process = subprocess.Popen(command(*words), env=environment(), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    done = run("--out", out, "--resume")
+    process.kill()
+    process.communicate()
+    assert done.returncode == 2 and "another process" in done.stderr
+
+
+# ---- ranks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["egspo", "diffu_grpo"])
+def test_two_processes_equal_one_with_the_same_total_work(toy, tmp_path, method):
+    words = ["--steps", 3, "--method", method]
+    train(toy, tmp_path / "two", *words, "--B", 1, ranks=2)
+    train(toy, tmp_path / "one", *words, "--B", 2)
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=1e-4)
+    pick = lambda out: [e["m"]["reward/mean"] for e in events(out) if e["e"] == "step"]
+    assert pick(tmp_path / "one") == pytest.approx(pick(tmp_path / "two"), abs=1e-4)
+    evals = lambda out: [e["m"]["reward"] for e in events(out) if e["e"] == "eval"]
+    assert evals(tmp_path / "one") == pytest.approx(evals(tmp_path / "two"), abs=1e-4)
+
+
+def test_an_error_on_the_first_rank_ends_all_with_one_message(toy, tmp_path):
+    out = tmp_path / "full"
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    done = run(
+        "--model", toy, *SMALL, "--out", out, "--steps", 6, "--B", 1, ranks=2, preexec_fn=limit
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("cannot write the checkpoint") == 1
+    assert "in train" not in done.stderr  # no traceback of ours; torchrun adds its own report
+
+
+# ---- trouble -------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(toy, tmp_path):
+    out = tmp_path / "full"
+    train(toy, out, "--steps", 2)
+    before = weights(out)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    done = run("--out", out, "--resume", "--steps", 6, preexec_fn=limit)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "cannot write the checkpoint" in done.stderr
+    assert "step-2" in done.stderr and same(before, weights(out))
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["best", "latest", "step-2"]
+
+
+BAD = [
+    (["--task", "chess"], "--task"),
+    (["--K", "200"], "--K 200"),
+    (["--C", "13"], "--C 13"),
+    (["--T", "5"], "--T 5"),
+    (["--G", "1"], "--G 1"),
+    (["--lr", "fast"], "--lr"),
+    (["--lr", "nan"], "--lr"),
+    (["--colour", "red"], "--colour"),
+    (["--select", "best"], "--select"),
+    (["--steps"], "--steps"),
+    (["--steps", "0"], "--steps 0"),
+    (["--model", "/nowhere/model"], "/nowhere/model"),
+    (["--resume"], "--out"),
+    (["--resume", "--out", "/nowhere/run"], "/nowhere/run"),
+    (["--data-dir", "/nowhere/data", "--task", "gsm8k"], "/nowhere/data"),
+    (["--out", "/proc/run"], "/proc/run"),
+    (["--P", "3"], "--P 3"),
+    (["--quantize", "nf4", "--lora-r", "0"], "--quantize"),
+    (["extra"], "extra"),
+]
+
+
+@pytest.mark.parametrize("words, named", BAD, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_bad_usage_is_one_line_that_names_the_flag(toy, tmp_path, monkeypatch, capsys, words, named):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["egspo.py", "--model", str(toy), *SMALL, *words])
+    monkeypatch.setattr(egspo, "StopSignal", lambda: None)  # the handlers are the process's
+    assert egspo.main() == 2
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1 and named in stderr, stderr
+    assert not list(tmp_path.rglob("events.jsonl"))
+
+
+def test_bad_usage_is_exit_code_2_without_a_traceback(toy, tmp_path):
+    for words, named in (BAD[1], BAD[7], BAD[11]):
+        done = run("--model", toy, *SMALL, *words, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1 and named in done.stderr, done.stderr
+
+
+def test_help_lists_every_flag_with_its_comment():
+    done = run("--help")
+    assert done.returncode == 0
+    for flag in ("--task", "--lam", "--K", "--likelihood", "--eval-only", "--no-compile", "--lora-r"):
+        assert flag in done.stdout
+    assert "selected denoising steps" in done.stdout
