@@ -94,6 +94,8 @@ def parse_config(raw: dict, source: str = "config") -> Config:
         c = Config(**families[family](raw), family=family, eos_id=eos_id, pad_id=pad_id, raw=raw)
     except KeyError as missing:
         raise ValueError(f"{source}: {missing} is missing") from None
+    except ValueError as contradiction:
+        raise ValueError(f"{source}: {contradiction} contradict each other") from None
     for name in ("vocab_size", "d_model", "d_mlp", "n_layers", "n_heads", "n_kv_heads"):
         if not isinstance(getattr(c, name), int) or getattr(c, name) < 1:
             raise ValueError(f"{source}: {name} {getattr(c, name)!r} is not a positive number")
@@ -109,10 +111,12 @@ def parse_config(raw: dict, source: str = "config") -> Config:
 
 
 def _llada(raw: dict) -> dict:
-    # the published rule: the older field, where it is set, means 1 or all
-    many, n_kv_heads = raw.get("multi_query_attention"), raw.get("n_kv_heads")
-    if many is not None:
-        n_kv_heads = 1 if many else raw["n_heads"]
+    n_kv_heads, multi_query = raw.get("n_kv_heads"), raw.get("multi_query_attention")
+    if multi_query is not None:  # the older field: one for all, or one for each
+        shared = 1 if multi_query else raw["n_heads"]
+        if n_kv_heads not in (None, shared):
+            raise ValueError(f"n_kv_heads {n_kv_heads} and multi_query_attention {multi_query}")
+        n_kv_heads = shared
     bias, bias_norm = raw.get("include_bias", False), raw.get("bias_for_layer_norm")
     return dict(
         vocab_size=raw.get("embedding_size") or raw["vocab_size"],

@@ -197,6 +197,31 @@ def test_every_tensor_of_the_published_index_is_there_and_no_other(name):
             assert tuple(p.shape) == shapes[last], n
 
 
+@pytest.mark.parametrize(
+    "n_kv_heads, multi_query, expected",
+    [(None, None, 4), (2, None, 2), (None, True, 1), (1, True, 1), (None, False, 4), (4, False, 4)],
+)
+def test_key_value_heads_follow_both_fields_of_the_published_config(
+    n_kv_heads, multi_query, expected
+):
+    fields = dict(n_kv_heads=n_kv_heads, multi_query_attention=multi_query)
+    net = model.from_config(LLADA | fields, device="meta")
+    assert net.config.n_kv_heads == expected and net.blocks[0].k.weight.shape == (8 * expected, 32)
+
+
+def test_biases_stand_where_the_published_config_puts_them():
+    def biased(**fields):
+        names = [n for n, _ in model.from_config(LLADA | fields, "meta").named_parameters()]
+        return {n.split(".")[-2] for n in names if n.endswith("bias")}
+
+    norms, rest = {"attn_norm", "mlp_norm", "norm"}, {"out", "gate", "up", "down", "unembed"}
+    assert biased() == set()
+    assert biased(include_qkv_bias=True) == {"q", "k", "v"}
+    assert biased(include_bias=True) == norms | rest | {"q", "k", "v"}
+    assert biased(include_bias=True, bias_for_layer_norm=False) == rest | {"q", "k", "v"}
+    assert biased(bias_for_layer_norm=True) == norms
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_equal_a_slow_twin_written_in_loops(variant, tmp_path):
     net = make(VARIANTS[variant])
@@ -282,7 +307,8 @@ def test_checkpointing_changes_no_value_and_no_gradient(variant):
     for checkpointing in (False, True):
         net = make(VARIANTS[variant])
         net.checkpointing = checkpointing
-        net(some_ids()).logsumexp(-1).sum().backward()
+        real = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9], dtype=torch.bool)
+        net(some_ids(), real).logsumexp(-1).sum().backward()
         grads.append([p.grad for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
@@ -391,6 +417,9 @@ DAMAGE = {
     "unserved activation": (edit_config(activation_type="gelu"), ValueError, "'gelu'"),
     "no layers": (edit_config(n_layers=0), ValueError, "n_layers 0"),
     "not an object": (lambda f: (f / "config.json").write_text("[]"), ValueError, "not a JSON obj"),
+    "two numbers of heads": (
+        edit_config(multi_query_attention=True), ValueError, "n_kv_heads 4 and multi_query_att",
+    ),
     "heads that do not divide": (edit_config(n_heads=5), ValueError, "5 heads"),
     "mask outside": (edit_config(mask_token_id="absent"), ValueError, "126336"),
     "not JSON": (lambda f: (f / "config.json").write_text("{"), ValueError, "is not JSON"),
@@ -600,8 +629,10 @@ def test_a_bad_adapter_is_one_clear_line(tmp_path):
 @pytest.mark.parametrize("quantize, bits, error", [("nf4", 4.6, 0.3), ("int8", 8.6, 0.03)])
 def test_a_quantised_base_is_small_and_near_and_trains(quantize, bits, error, tmp_path):
     pytest.importorskip("bitsandbytes")
-    raw = LLADA | dict(d_model=128, mlp_hidden_size=256)
-    exact = model.from_config(raw)
+    exact = model.from_config(LLADA | dict(d_model=128, mlp_hidden_size=256, include_bias=True))
+    for name, p in exact.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(p, 0, 0.1)
     model.save(exact, tmp_path / "base")
     shard(tmp_path / "base")
     net = model.load(tmp_path / "base", quantize=quantize)
@@ -632,6 +663,32 @@ def test_a_quantised_base_is_small_and_near_and_trains(quantize, bits, error, tm
     model.save(net, tmp_path / "merged")
     with torch.no_grad():
         assert (model.load(tmp_path / "merged")(some_ids()) - tuned).norm() < 0.03 * tuned.norm()
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_quantised_linear_is_its_dense_weight_forward_and_backward(quantize):
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 32)
+    made = model.quantized(linear, linear.weight.data, quantize, "cpu")
+    x, out = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 5, 32)
+    y = made(x)
+    y.backward(out)
+    weight = model.dense(made)
+    assert 0 < (weight - linear.weight).norm() < 0.1 * linear.weight.norm()
+    for got, wanted in ((y, x @ weight.T + linear.bias), (x.grad, out @ weight)):
+        assert (got - wanted).norm() < 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_row_through_a_quantised_linear_does_not_depend_on_an_outlier_beside_it(quantize):
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 32)
+    made = model.quantized(linear, linear.weight.data, quantize, "cpu").eval()
+    x = torch.randn(4, 64)
+    x[0, 7] = 100.0
+    assert (made(x)[1:] - made(x[1:])).norm() < 0.002 * made(x[1:]).norm()
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
