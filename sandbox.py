@@ -73,6 +73,7 @@ from concurrent.futures import ThreadPoolExecutor
 MAX_CODE = 256 << 10  # characters of a program
 MAX_FRAME = 8 << 20  # bytes of a message between any two of the processes
 MAX_WHY = 300  # characters of a verdict's reason
+GRACE = 5  # seconds beyond wall_s after which a zygote counts as stuck
 
 
 # ---- messages ------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ def work(link: int) -> None:
             reply = frame(["value", encode(operations[operation](*decode(args, handle)), park)])
         except BaseException as e:  # whatever the program raises is an answer, SystemExit included
             kind = next(c for c in type(e).__mro__ if c.__module__ == "builtins")
-            text = e.args[0] if e.args and isinstance(e.args[0], str) else str(e)
+            text = e.args[0] if len(e.args) == 1 and isinstance(e.args[0], str) else str(e)
             reply = frame(["error", [kind.__name__, text[:1000]]])
         while reply:
             reply = reply[os.write(link, reply) :]
@@ -431,8 +432,9 @@ MODULES = """
 argparse array ast base64 bisect calendar cmath collections.abc contextlib copy csv dataclasses
 datetime decimal difflib enum fractions functools hashlib heapq html inspect io ipaddress itertools
 logging mmap numbers pprint random re secrets statistics string tempfile textwrap timeit tokenize
-traceback typing unicodedata unittest uuid zlib _strptime encodings.ascii encodings.latin_1
-encodings.utf_16 encodings.utf_32 encodings.idna
+traceback typing unicodedata unittest uuid zlib _strptime encodings.ascii encodings.cp1252
+encodings.hex_codec encodings.idna encodings.latin_1 encodings.rot_13 encodings.utf_8_sig
+encodings.utf_16 encodings.utf_16_be encodings.utf_16_le encodings.utf_32
 """  # imported beforehand: behind the locks no file can be opened
 
 
@@ -477,7 +479,7 @@ def zygote(cfg: dict) -> None:
         was_read, why = wait(alive, cfg["wall_s"])
         os.close(alive)
         while children:
-            for pid in children:
+            for pid in reversed(children):  # the judge first: it has nothing more to say
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
             children = orphans()
@@ -632,7 +634,7 @@ class Sandbox:
         try:
             for _ in range(2):
                 try:
-                    return self._verdict(self.slots[i].ask(data, self.cfg["wall_s"] + 5), tests)
+                    return self._verdict(self.slots[i].ask(data, self.cfg["wall_s"] + GRACE), tests)
                 except (OSError, EOFError):
                     self._restart(i)
             return self._verdict(" the zygote died twice", tests)
