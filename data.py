@@ -78,6 +78,10 @@ class Reward(float):
         return reward
 
 
+class Unusable(ValueError):
+    """A row that is well formed but cannot be judged here; it is left out, with a warning."""
+
+
 class Row(dict):
     """A row that remembers the file and line it came from, for the message when it is malformed."""
 
@@ -114,16 +118,31 @@ class Task:
         if train_set and train_set not in self.train_sets:
             known = " or ".join(self.train_sets) or "leave it out"
             raise ValueError(f"--train-set {train_set}: not for {self.name}; {known}")
+        if data_dir and not Path(data_dir).is_dir():
+            raise FileNotFoundError(f"--data-dir {data_dir}: no such folder")
         if file and split != "test":
             rows = hold_out(read_file(Path(file)), split)
         else:
-            rows = self.rows(split, data_dir or None, *filter(None, [train_set]))
-        return [self.problem(row, f"{split}-{i}") for i, row in enumerate(rows)]
+            rows = list(self.rows(split, data_dir or None, *filter(None, [train_set])))
+        problems = []
+        for i, row in enumerate(rows):
+            try:
+                problems.append(self.problem(row, f"{split}-{i}"))
+            except Unusable:
+                pass
+        if not problems:
+            raise ValueError(f"{file or self.name}: too few usable rows, none is left for {split}")
+        if len(problems) < len(rows):
+            left_out = f"{len(rows) - len(problems)} of {len(rows)} rows cannot be judged here"
+            warnings.warn(f"{self.name}, {split}: {left_out} and are left out", stacklevel=2)
+        return problems
 
     def problem(self, row: dict, name: str = "0") -> Problem:
         """The problem of one row. ValueError names the row and says what one holds."""
         try:
             prompt, answer = self.build(row)
+        except Unusable:
+            raise
         except (KeyError, TypeError, ValueError, SyntaxError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
             where = getattr(row, "where", "") or f"row {name}"
@@ -230,7 +249,7 @@ def read_file(path: Path) -> list[Row]:
                 if row is not None:
                     rows.append(Row(row))
                     rows[-1].where = f"{path}, line {number}"
-    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
+    except (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
         expected = "CSV" if is_csv else "a JSON object a line"
         raise ValueError(f"{path}, line {number + 1}: expected {expected} ({error})") from error
     if not rows:
@@ -255,14 +274,14 @@ def hold_out(rows: list[Row], split: str) -> list[Row]:
 
 def text_of(row: dict, field: str) -> str:
     if not isinstance(row[field], str) or not row[field].strip():
-        raise ValueError(f"{field} must be a text, not {row[field]!r}")
+        raise ValueError(f"{field} must be a text, not {row[field]!r:.60}")
     return row[field]
 
 
 def texts_of(row: dict, field: str) -> list[str]:
     texts = row[field]
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-        raise ValueError(f"{field} must be a list of at least one text, not {texts!r}")
+        raise ValueError(f"{field} must be a list of at least one text, not {texts!r:.60}")
     return texts
 
 
@@ -379,7 +398,7 @@ def sudoku_build(row: dict) -> tuple[str, dict]:
     if "completion" in row:  # an output to score
         puzzle, solution = re.search("[0-4]{16}|$", text_of(row, "question"))[0], row["answer"]
     if not isinstance(puzzle, str) or not re.fullmatch("[0-4]{16}", puzzle) or "0" not in puzzle:
-        raise ValueError(f"the puzzle is {puzzle!r}")
+        raise ValueError(f"the puzzle is {puzzle!r:.60}")
     solutions = sudoku_solutions(puzzle)
     if not solutions or solution not in (None, "", *solutions):
         raise ValueError(f"the puzzle {puzzle} is not solved by {solution or 'any grid'}")
@@ -500,7 +519,7 @@ def countdown_build(row: dict) -> tuple[str, dict]:
     else:
         numbers, target = row["numbers"], row["target"]
     if not 2 <= len(numbers) <= 6 or not all(type(n) is int for n in [*numbers, target]):
-        raise ValueError(f"numbers are {numbers!r} and target is {target!r}")
+        raise ValueError(f"numbers are {numbers!r:.60} and target is {target!r:.60}")
     solutions = countdown_solutions(numbers, target) if len(numbers) < 5 else []
     prompt = f"{COUNTDOWN}\nNumbers: {' '.join(map(str, numbers))}\nTarget: {target}"
     return prompt, {"numbers": numbers, "target": target, "solution": next(iter(solutions), None)}
@@ -637,10 +656,11 @@ def same_math(found: str, gold: str) -> bool:
         return True
     if PLAIN.fullmatch(found) and PLAIN.fullmatch(gold):
         return number(found) == number(gold)
-    letters = len(re.sub(r"\\(?:text\w*|mbox|begin|end)\s*{[^{}]*}|\\[a-z]+|[^a-zA-Z]", "", found))
-    if len(found) > 200 or letters > 12 or found.count("{") != found.count("}"):
+    if len(found) > 200 or found.count("{") != found.count("}") or not re.search(r"\w", found):
         return False
-    if not re.search(r"\w", found) or HOPELESS.search(found.replace("**", "^")):
+    letters = re.sub(r"\\(?:text\w*|mbox|begin|end)\s*{[^{}]*}|\\[a-z]+|[^a-zA-Z]", "", found)
+    is_sentence = len(letters) > 12
+    if is_sentence or HOPELESS.search(found.replace("**", "^")):
         return False
     return algebra().same(found, gold)
 
@@ -744,18 +764,34 @@ vars(sys.modules["pytest"]).update(raises=raises, approx=approx)
 '''  # what KodCode's tests use of pytest, which the sandbox does not have
 
 
+def parse(code: str) -> ast.Module:
+    with warnings.catch_warnings(action="ignore"):  # odd escapes in a program's strings
+        return ast.parse(code)
+
+
 def defined(code: str) -> list[str]:
     """The names that a program defines at top level."""
     names = []
-    for node in ast.parse(code).body:
+    for node in parse(code).body:
         for target in node.targets if isinstance(node, ast.Assign) else [node]:
             names.append(getattr(target, "name", getattr(target, "id", None)))
     return [name for name in dict.fromkeys(names) if name]
 
 
+def imported(code: str) -> set[str]:
+    """The modules that a program imports, without their submodules."""
+    modules = set()
+    for node in ast.walk(parse(code)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add((node.module or "").partition(".")[0])
+    return modules
+
+
 def sandbox_job(code: str, setup: str, tests: list[str]) -> dict:
     """`names`: what the reference defines and the tests use; `before`: the reference's imports."""
-    tree, tests_tree = ast.parse(code), ast.parse("\n".join([setup, *tests]))
+    tree, tests_tree = parse(code), parse("\n".join([setup, *tests]))
     used = {getattr(node, "id", getattr(node, "name", None)) for node in ast.walk(tests_tree)}
     imports = [ast.unparse(n) for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
     names = [name for name in defined(code) if name in used]
@@ -773,14 +809,14 @@ def humaneval_build(row: dict) -> tuple[str, dict]:
     """The tests are the asserts of check(candidate), each on its own; where it does more than
     assert, all of it is one test. Helpers in the prompt are the judge's, never the program's."""
     prompt, entry = text_of(row, "prompt"), text_of(row, "entry_point")
-    stub = next((n for n in ast.parse(prompt).body if getattr(n, "name", "") == entry), None)
-    tree = ast.parse(text_of(row, "test")).body
+    stub = next((n for n in parse(prompt).body if getattr(n, "name", "") == entry), None)
+    tree = parse(text_of(row, "test")).body
     check = next((node for node in tree if getattr(node, "name", "") == "check"), None)
     if not stub or not check:
         raise ValueError(f"no function {entry} in the prompt, or no check(candidate) in the test")
-    tests = [f"{ast.unparse(check)}\ncheck(candidate)"]
-    if all(isinstance(node, ast.Assert) for node in check.body):
-        tests = [test for node in check.body if "candidate" in (test := ast.unparse(node))]
+    tests = [test for node in check.body if "candidate" in (test := ast.unparse(node))]
+    if not tests or not all(isinstance(node, ast.Assert) for node in check.body):
+        tests = [f"{ast.unparse(check)}\ncheck(candidate)"]
     before = "\n".join(prompt.splitlines()[: stub.lineno - 1]) + "\n"
     setup = [ast.unparse(node) for node in tree if node is not check] + [f"candidate = {entry}"]
     job = {"names": [entry], "before": before, "setup": "\n".join(setup), "tests": tests}
@@ -798,15 +834,17 @@ def mbpp_build(row: dict) -> tuple[str, dict]:
 
 def kodcode_build(row: dict) -> tuple[str, dict]:
     """The tests are the test functions of a pytest file; one with arguments or decorators is left
-    out, since it needs pytest itself."""
-    code, tests, setup = text_of(row, "solution"), [], []
-    for node in ast.parse(text_of(row, "test")).body:
+    out, since it needs pytest itself. Unusable: no test is left, or a module is not Python's own."""
+    code, test, tests, setup = text_of(row, "solution"), text_of(row, "test"), [], []
+    for node in parse(test).body:
         if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test"):
             setup.append(ast.unparse(node))
         elif not node.args.args and not node.decorator_list:
             tests.append(f"{ast.unparse(node)}\n{node.name}()")
-    job = sandbox_job(code, "\n".join(setup), texts_of({"test": tests}, "test"))
-    job["setup"] = (PYTEST if "pytest" in row["test"] else "") + job["setup"]
+    if not tests or imported(f"{code}\n{test}") - sys.stdlib_module_names - {"pytest", "solution"}:
+        raise Unusable
+    job = sandbox_job(code, "\n".join(setup), tests)
+    job["setup"] = (PYTEST if "pytest" in test else "") + job["setup"]
     declared = [info["function_declaration"] for info in row.get("test_info") or []]
     return BLOCK + "\n".join([text_of(row, "question"), *declared]), {"code": code, "job": job}
 
@@ -831,8 +869,7 @@ def program(completion: str, answer: dict) -> str | None:
         only_body = code[:1].isspace() and f"def {answer['entry']}" not in code
         code = (answer["prompt"] if only_body else answer["job"]["before"]) + code
     try:
-        with warnings.catch_warnings(action="ignore"):  # odd escapes in a model's strings
-            tree = ast.parse(code)
+        tree = parse(code)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return None
     said = {getattr(node, "name", getattr(node, "id", None)) for node in ast.walk(tree)}

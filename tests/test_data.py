@@ -46,7 +46,8 @@ HUMANEVAL_ROW = {
 KODCODE_ROW = {
     "question_id": "Filter_1_I",
     "question": "Write a function root that returns the whole square root of a square number.",
-    "solution": "def root(n):\n    if n < 0:\n        raise ValueError('negative')\n    return int(n**0.5)",
+    "solution": "def root(n):\n    if n < 0:\n        raise ValueError('negative')\n"
+    "    return int(n**0.5)",
     "test": "import pytest\nfrom solution import root\n\nNINE = 9\n\n\ndef test_nine():\n"
     "    assert root(NINE) == 3\n\n\ndef test_negative():\n    with pytest.raises(ValueError):\n"
     "        root(-1)\n\n\ndef test_near():\n    assert root(16) == pytest.approx(4)\n\n\n"
@@ -74,9 +75,9 @@ def fenced(code: str) -> str:
 # ---- every reward --------------------------------------------------------------------------------
 
 PIECES = st.sampled_from(
-    "<answer> </answer> \\boxed{ } { ( ) [ ] ^ ^{ ! / // ** = - + * , . $ % & \\\\ \\frac \\sqrt \\text{ "
-    "\\pi x e 0 1 2 30**100**93 9^{9^{9^9}} 999! (9^{999})^{999} \\binom{9999}{5000} \\sum_{k=1}^{9^9} "
-    "4312214312343421 ```python ``` <|eot_id|> \x00 \ud800 ٣ ½ −".split(" ")
+    "<answer> </answer> \\boxed{ } { ( ) [ ] ^ ^{ ! / // ** = - + * , . $ % & \\\\ \\frac \\sqrt "
+    "\\text{ \\pi x e 0 1 2 30**100**93 9^{9^{9^9}} 999! (9^{999})^{999} \\binom{9999}{5000} "
+    "\\sum_{k=1}^{9^9} 4312214312343421 ```python ``` <|eot_id|> \x00 \ud800 ٣ ½ −".split(" ")
     + ["\n", " ", "```python\n", "def f(a, b):\n    return ", "9" * 5000, "((" * 200, "-" * 3000]
 )
 COMPLETIONS = st.one_of(
@@ -104,7 +105,7 @@ def test_any_text_gets_a_finite_reward_whose_parts_add_up(name):
 @pytest.mark.parametrize("name", data.TASKS)
 @pytest.mark.parametrize(
     "unit",
-    ["<answer>", "\\boxed{", "```", "{", "1", "1,", "1=", "=", " ", "(", "-", "a\n", "\\frac", "9^{"],
+    "<answer> \\boxed{ ``` { 1 1, 1= = ( - a\n \\frac 9^{".split(" ") + [" "],
 )
 def test_a_reward_of_a_very_long_text_takes_no_time(name, unit):
     problem, text = example(name), unit * (100_000 // len(unit))
@@ -221,16 +222,17 @@ def countdown(numbers: list[int], target: int, expression: str) -> data.Reward:
      ("8 / 3 / (8 / 3)", 0.1), ("8 + 8 + 3 + 3", 0.1), ("8 + 3 + 3", 0), ("8 + 8 + 3 + 3 + 0", 0),
      ("24", 0), ("", 0), ("8 / (3 - 3) + 8", 0), ("(8 + 8 + 3 + 3", 0)],
 )  # fmt: skip
-def test_countdown_pays_1_for_the_target_a_tenth_for_the_right_numbers_else_nothing(expression, worth):
+def test_countdown_pays_1_for_the_target_and_a_tenth_for_the_right_numbers(expression, worth):
     reward = countdown([8, 3, 8, 3], 24, expression)
     assert (reward, reward.correct) == (worth, worth == 1)
 
 
 @pytest.mark.parametrize(
     "attack",
-    ["30**100**93", "30//100//93", "-30+100-93", "30,100,93", "30 100 93", "(lambda: 30)()", "3_0+100-93",
-     "30.0+100-93", "0x1e+100-93", "٣٠+100-93", "30+100-93#", "30+100-93\x00", "30 if 100 else 93",
-     "(" * 300 + "30+100-93" + ")" * 300, "30<100<93", "~30+100-93", "30e0+100-93", "030+100-93"],
+    ["30**100**93", "30//100//93", "-30+100-93", "30,100,93", "30 100 93", "(lambda: 30)()",
+     "3_0+100-93", "30.0+100-93", "0x1e+100-93", "٣٠+100-93", "30+100-93#", "30+100-93\x00",
+     "30 if 100 else 93", "(" * 300 + "30+100-93" + ")" * 300, "30<100<93", "~30+100-93",
+     "30e0+100-93", "030+100-93"],
 )  # fmt: skip
 def test_countdown_admits_nothing_but_arithmetic_on_whole_numbers(attack):
     start = time.process_time()
@@ -277,8 +279,9 @@ def test_countdown_splits_share_no_problem_in_any_order_and_each_is_solvable():
 
 @pytest.mark.parametrize(
     "text, value",
-    [("18", 18), ("$1,234.50", Fraction(2469, 2)), ("-3", -3), ("3/4 cup", Fraction(3, 4)), (".5", 0.5),
-     ("2 + 2 = 4 apples", 4), ("\\$18", 18), ("1,2", 1), ("no", None), ("٣", None), ("5/0", 5),
+    [("18", 18), ("$1,234.50", Fraction(2469, 2)), ("-3", -3), ("3/4 cup", Fraction(3, 4)),
+     (".5", 0.5), ("2 + 2 = 4 apples", 4), ("\\$18", 18), ("1,2", 1), ("no", None), ("٣", None),
+     ("5/0", 5),
      ("70\\text{ minutes}", 70), ("x =", None), ("= 7 =", 7), ("10,000,000", 10**7)],
 )  # fmt: skip
 def test_a_number_is_read_exactly(text, value):
@@ -303,12 +306,14 @@ def test_gsm8k_pays_for_the_number_and_a_little_for_the_form(completion, correct
     [("0.5", "\\frac{1}{2}", True), ("\\dfrac12", "\\frac{1}{2}", True), ("2(x+1)", "2x+2", True),
      ("\\{3, 1, 2\\}", "\\{1,2,3\\}", True), ("(1, 2)", "(2, 1)", False), ("x", "y", False),
      ("10080", "10,\\!080", True), ("\\sqrt{12}", "2\\sqrt{3}", True), ("36.00", "36", True),
-     ("", "1", False), ("9^{9^{9^9}}", "1", False), ("30**100**93", "1", False), ("9999!", "1", False)],
+     ("", "1", False), ("9^{9^{9^9}}", "1", False), ("30**100**93", "1", False),
+     ("9999!", "1", False)],
 )  # fmt: skip
 def test_math_answers_are_compared_as_algebra(found, gold, same):
     problem = data.TASKS["math"].problem({"problem": "?", "answer": gold})
     start = time.perf_counter()
-    assert data.TASKS["math"].reward(f"<answer>\\boxed{{{found}}}</answer>", problem).correct == same
+    reward = data.TASKS["math"].reward(f"<answer>\\boxed{{{found}}}</answer>", problem)
+    assert reward.correct == same
     assert time.perf_counter() - start < 20  # its process may have to start first
 
 
@@ -397,7 +402,7 @@ def test_humaneval_takes_a_whole_function_or_its_body_and_helpers_from_the_promp
     cheat = "def half(x):\n    return 0\ndef area(r):\n    return 0"
     assert share("humaneval", HUMANEVAL_ROW, fenced(cheat)) == 0.5
     assert share("humaneval", HUMANEVAL_ROW, "    ") == 0
-    assert len(example("humaneval").answer["job"]["tests"]) == 2  # the bare `assert True` is no test
+    assert len(example("humaneval").answer["job"]["tests"]) == 2  # `assert True` is no test
 
 
 def test_kodcode_rows_become_one_test_a_function():
@@ -444,6 +449,16 @@ def test_the_common_puzzle_files_are_the_test_split_where_they_are():
     assert data.TASKS["sudoku"].load("val", SHARED) == data.TASKS["sudoku"].load("val")
 
 
+def test_rows_that_cannot_be_judged_are_left_out_and_counted(tmp_path):
+    needs_numpy = KODCODE_ROW | {"solution": "import numpy\ndef root(n): return numpy.sqrt(n)"}
+    no_test = KODCODE_ROW | {"test": "class TestRoot:\n    pass\n"}
+    rows = [KODCODE_ROW] * 8 + [needs_numpy, no_test]
+    (tmp_path / "kodcode.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match="train: 2 of 9 rows cannot be judged"):
+        train = data.TASKS["humaneval"].load("train", str(tmp_path))
+    assert len(train) == 7
+
+
 def test_your_own_rows_train_any_task_and_a_tenth_of_them_validates(tmp_path):
     file = tmp_path / "mine.jsonl"
     lines = [json.dumps({"question": f"What is {i} + 1?", "answer": i + 1}) for i in range(40)]
@@ -458,15 +473,15 @@ def test_your_own_rows_train_any_task_and_a_tenth_of_them_validates(tmp_path):
     [('{"question": "?", "answer": 1}\n{"question": ', 2, "a JSON object a line"),
      ('{"question": "?", "answer": 1}\n\n{"question": "?"}', 3, "no field 'answer'"),
      ('{"question": "?", "answer": "none"}', 1, "no number in the answer 'none'"),
-     ("[1]", 1, "a JSON object a line"), ('{"question": 3, "answer": 1}', 1, "question must be a text"),
+     ("[1]", 1, "a JSON object a line"), ('{"question": 3, "answer": 1}', 1, "must be a text"),
      ("\x00", 1, "a JSON object a line"), ("", None, "no rows")],
 )  # fmt: skip
-def test_a_malformed_file_is_named_with_its_line_and_what_was_expected(tmp_path, text, line, expected):
+def test_a_malformed_file_is_named_with_its_line_and_a_reason(tmp_path, text, line, expected):
     file = tmp_path / "mine.jsonl"
     file.write_text(text + "\n")
     with pytest.raises(ValueError) as caught:
-        data.TASKS["gsm8k"].load("train", file=str(file))
         data.TASKS["gsm8k"].load("val", file=str(file))
+        data.TASKS["gsm8k"].load("train", file=str(file))
     message = str(caught.value)
     assert str(file) in message and expected in message and "\n" not in message
     assert line is None or f"line {line}:" in message
@@ -477,10 +492,12 @@ def test_malformed_puzzles_archives_and_requests_are_refused(tmp_path):
     with pytest.raises(ValueError, match="sudoku_test.csv, line 2.*is not solved by 1"):
         data.TASKS["sudoku"].load("test", str(tmp_path))
     (tmp_path / "HumanEval.jsonl.gz").write_bytes(b"not an archive")
-    with pytest.raises(ValueError, match="HumanEval.jsonl.gz, line 1: expected a JSON object a line"):
+    with pytest.raises(ValueError, match="HumanEval.jsonl.gz, line 1: expected a JSON object"):
         data.TASKS["humaneval"].load("test", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="nothing.jsonl: no such file"):
         data.TASKS["math"].load("train", file=str(tmp_path / "nothing.jsonl"))
+    with pytest.raises(FileNotFoundError, match="--data-dir .*absent: no such folder"):
+        data.TASKS["sudoku"].load("train", str(tmp_path / "absent"))
     with pytest.raises(ValueError, match="--train-set kodcode: not for gsm8k"):
         data.TASKS["gsm8k"].load("train", train_set="kodcode")
     with pytest.raises(ValueError, match="split"):
@@ -493,10 +510,9 @@ def test_without_a_connection_one_line_says_what_to_download_and_how_to_name_it(
         "except FileNotFoundError as error:\n    print(error)"
     )
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
-    )
-    (line,) = run.stdout.splitlines()
+    command = [sys.executable, "-c", script]
+    printed = subprocess.check_output(command, cwd=tmp_path, env=env, text=True, timeout=120)
+    (line,) = printed.splitlines()
     assert "DigitalLearningGmbH/MATH-lighteval" in line and "--data-dir as math_train.jsonl" in line
 
 
@@ -521,7 +537,7 @@ def test_a_task_is_added_from_outside_in_under_25_lines(tmp_path):
     assert task.reward("gif", problem) == 1 and task.reward("gif", problem).correct
     assert task.rewards(["gix", "no"], [problem] * 2) == [2 / 3, 0]
     (tmp_path / "words.jsonl").write_text('{"word": "ab"}\n{"wrod": "cd"}\n')
-    with pytest.raises(ValueError, match="words.jsonl, line 2: no field 'word'; a row of backwards"):
+    with pytest.raises(ValueError, match="words.jsonl, line 2: no field 'word'; a row of back"):
         [task.load(split, file=str(tmp_path / "words.jsonl")) for split in ("train", "val")]
 
 
@@ -550,7 +566,7 @@ def test_the_compatible_scorer_reproduces_the_published_row(name, file, expected
 
 def test_scoring_prints_one_line_and_cuts_completions_at_the_end_token(tmp_path):
     rows = [
-        {"question": "?", "completion": "<answer>\\boxed{1,000}</answer><|eot_id|> 7", "answer": 1000.0},
+        {"question": "?", "completion": "<answer>\\boxed{1,000}<|eot_id|> 7", "answer": 1000.0},
         {"question": "?", "completion": "it is 7<|eot_id|>", "answer": "#### 7"},
         {"question": "?", "completion": "it is 7", "answer": None},
     ]
@@ -572,11 +588,11 @@ def test_scoring_programs_takes_the_data_set_s_row_as_the_answer(tmp_path):
 
 @pytest.mark.parametrize(
     "args",
-    [["--task", "chess", "--score", "x"], ["--task", "math"], ["--task", "math", "--score", "nowhere"],
-     ["--task", "mbpp", "--score", "nowhere", "--compat"], []],
+    ["--task chess --score x", "--task math", "--task math --score nowhere", "--score x",
+     "--task mbpp --score nowhere --compat", "--task math --score x --fast", ""],
 )  # fmt: skip
 def test_a_wrong_command_line_ends_with_2_and_one_line(args):
-    run = run_score(*args)
+    run = run_score(*args.split())
     assert run.returncode == 2 and not run.stdout and len(run.stderr.splitlines()) == 1
 
 
@@ -593,10 +609,11 @@ def test_the_published_sudoku_rule_looks_in_five_places_in_order(text, grid):
 
 @pytest.mark.parametrize(
     "a, b, same",
-    [("\\dfrac12", "\\frac{1}{2}", True), ("x = 5", "5", True), ("xyz = 5", "5", False), (".5", "0.5", True),
-     ("3/4", "\\frac{3}{4}", True), ("a/b", "a / b", False), ("5\\text{ cm}", "5", True),
-     ("\\sqrt3", "\\sqrt{3}", True), ("\\sqrt", "\\sqrt ", False), ("\\frac1{72}", "\\frac{1}{72}", True),
-     ("\\left(1,2\\right)", "(1, 2)", True), ("90^\\circ", "90", True), ("1\\text{ a}\\text{ b}", "1", False)],
+    [("\\dfrac12", "\\frac{1}{2}", True), ("x = 5", "5", True), ("xyz = 5", "5", False),
+     (".5", "0.5", True), ("3/4", "\\frac{3}{4}", True), ("a/b", "a / b", False),
+     ("5\\text{ cm}", "5", True), ("\\sqrt3", "\\sqrt{3}", True), ("\\sqrt", "\\sqrt ", False),
+     ("\\frac1{72}", "\\frac{1}{72}", True), ("\\left(1,2\\right)", "(1, 2)", True),
+     ("90^\\circ", "90", True), ("1\\text{ a}\\text{ b}", "1", False)],
 )  # fmt: skip
 def test_the_published_rule_for_latex_compares_normal_forms(a, b, same):
     assert data.published_equal(a, b) == same
@@ -605,8 +622,9 @@ def test_the_published_rule_for_latex_compares_normal_forms(a, b, same):
 @pytest.mark.parametrize(
     "text, correct",
     [("\\boxed{2 ** 3 - 1}", True), ("\\boxed{-1 + 2 * 3 - -2}", False), ("so 2 * 3 + 1 = 7", True),
-     ("<answer>3 * 2 + 1</answer>", False), ("\\boxed{3 \\times 2 + 1 = 7}", True), ("2**3**1", False),
-     ("\\boxed{2 * 3 + 1}", True), ("\\boxed{3.0 * 2 + 1}", False), ("\\boxed{1**2**3 + 6}", False)],
+     ("<answer>3 * 2 + 1</answer>", False), ("\\boxed{3 \\times 2 + 1 = 7}", True),
+     ("2**3**1", False), ("\\boxed{2 * 3 + 1}", True), ("\\boxed{3.0 * 2 + 1}", False),
+     ("<answer>3 * 2 + 1</answer>\\boxed{", True), ("\\boxed{1**2**3 + 6}", False)],
 )  # fmt: skip
 def test_the_published_countdown_rule_follows_python(text, correct):
     answer = {"numbers": [1, 2, 3], "target": 7}
