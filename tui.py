@@ -20,6 +20,7 @@ Denoising time t counts in generation order: 0 is all masks. Entropies are in na
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -493,21 +494,25 @@ class Look:
 
 
 def cells(row: Row) -> int:
-    return sum(cell_len(text) for text, _ in row)
+    return sum(len(text) if text.isascii() else cell_len(text) for text, _ in row)
 
 
 def fit(row: Row, width: int) -> Row:
-    """Exactly `width` cells: cut (never half a wide character) or padded; like neighbours joined."""
-    out, left = [], width
-    for text, style in row + [(" " * max(0, width - cells(row)), "")]:
-        if cell_len(text) > left:
-            text = set_cell_size(text, left)
-        left -= cell_len(text)
-        if text and out and out[-1][1] == style:
+    """Exactly `width` cells, cut (never half a wide character) or padded; like neighbours joined."""
+    out: Row = []
+    for text, style in row:
+        if out and out[-1][1] == style:
             out[-1] = (out[-1][0] + text, style)
         elif text:
             out.append((text, style))
-    return out
+    over = cells(out) - width
+    while over > 0:
+        text, style = out.pop()
+        keep = max(0, cell_len(text) - over)
+        over -= cell_len(text) - keep
+        if keep:
+            out.append((set_cell_size(text, keep), style))
+    return out + [(" " * -over, "")] if over < 0 else out
 
 
 def block(rows: Iterable[Row], width: int, height: int) -> list[Row]:
@@ -628,21 +633,24 @@ def strip(entropy: Sequence[float], T: int, width: int, height: int, look: Look,
     bars, high = max(1, height - 2), nice(0, max(finite(entropy), default=1), 4)[1]
     pitch, columns = slots(max(1, T), width - left)
     wide = pitch - (pitch > 2)  # a gap between bars that are wide enough
+    heights, colours, feet = [], [], []
+    for steps in columns:
+        seen = [entropy[i] for i in steps if i < len(entropy)]
+        value = max(finite(seen), default=math.nan)
+        heights.append(max(1, round(value / high * bars * 8)) if value == value else 0)
+        colours.append(look.heat(value / high, 0.12) + (f" on {look.line}" if t in steps else ""))
+        feet.append((look("bad"), look.orange) if seen else (look("dot"), look.mask))
     rows: list[Row] = []
     for r in range(bars):
         label = num(high) if r == 0 else "0" if r == bars - 1 else ""
-        rows.append([(f"{label:>{left - 2}}  ", look.dim)] if left else [])
-        for steps in columns:
-            seen = [entropy[i] for i in steps if i < len(entropy)]
-            value = max(finite(seen), default=math.nan)
-            level = round(value / high * bars * 8) if seen and value == value else 0
-            level = max(level - 8 * (bars - 1 - r), int(r == bars - 1))
-            glyph = look("bars")[min(8, level) - 1] if level > 0 else " "
-            colour = look.heat(value / high, 0.12)
-            if value != value and r == bars - 1:  # not decoded yet, or not a number
-                glyph, colour = (look("bad"), look.orange) if seen else (look("dot"), look.mask)
-            rows[-1] += [(glyph * wide, colour + (f" on {look.line}" if t in steps else "")),
-                         (" " * (pitch - wide), "")]
+        below = 8 * (bars - 1 - r)
+        row = [(f"{label:>{left - 2}}  ", look.dim)] if left else []
+        for size, colour, foot in zip(heights, colours, feet):
+            glyph = look("bars")[min(8, size - below) - 1] if size > below else " "
+            if not size and r == bars - 1:  # not decoded yet, or not a number
+                glyph, colour = foot
+            row += [(glyph * wide, colour), (" " * (pitch - wide), "")]
+        rows.append(row)
     row = [(f"{f'K={K}' if K else '':<{left}}", look.mark)] if left else []
     for steps in columns:
         part = max((share[i] for i in steps if i < len(share)), default=0.0)
@@ -857,7 +865,7 @@ def prose(sample: Sample, t: int, width: int, height: int, look: Look, colour: s
     """The completion after step t as text. What is hidden is hatched, as wide as what will be there;
     or it shows `guess`, a one-step completion."""
     rows: list[Row] = [[]]
-    focus = 0
+    x = focus = 0
     for i, token in enumerate(sample.at(t)):
         if token is not None:
             body, style = clean(token), token_style(sample, i, t, look, colour)
@@ -869,14 +877,18 @@ def prose(sample: Sample, t: int, width: int, height: int, look: Look, colour: s
             body = re.sub(r"[^\n]", look("mask").replace("\\", ""), clean(sample.tok[i])) or look("mask") * 2
             style = f"{look.mask} on {look.veil}"
         for k, piece in enumerate(body.split("\n")):
-            if k or (rows[-1] and cells(rows[-1]) + cell_len(piece) > width):
+            size = cell_len(piece)
+            if k or (x and x + size > width):
                 rows.append([])
-            while cell_len(piece) > width > 1:  # longer than a line
+                x = 0
+            while size > width > 1:  # longer than a line
                 head = set_cell_size(piece, width).rstrip(" ") or piece[0]
                 rows[-1].append((head, style))
                 rows.append([])
                 piece = piece[len(head) :]
+                size = cell_len(piece)
             rows[-1].append((piece, style))
+            x += size
         if token is not None and sample.rev[i] == t:
             focus = len(rows) - 1
     top = max(0, min(focus - height // 2, len(rows) - height))  # keep what is new in sight
@@ -1663,16 +1675,17 @@ def play(view: View, log: Log) -> None:
     view.playing = view.t < last
 
 
-def changed(old: Row, new: Row) -> tuple[int, int]:
-    """The first cell and the one after the last in which two rows of one width differ."""
-    def same(a: Iterable, b: Iterable) -> int:
-        count = 0
-        for left, right in zip(a, b):
-            if left != right:
-                break
-            count += cell_len(left[0])
-        return count
-    return same(old, new), cells(new) - same(reversed(old), reversed(new))
+def flat(row: Row) -> list[tuple[str, str]]:
+    """One (character, style) for each cell; the second cell of a wide character holds ""."""
+    out = []
+    for text, style in row:
+        for c in text:
+            size = 1 if c.isascii() else cell_len(c)
+            if size:
+                out += [(c, style), ("", style)][:size]
+            elif out:  # a combining mark shares the cell of what it modifies
+                out[-1] = out[-1][0] + c, style
+    return out
 
 
 def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
@@ -1686,55 +1699,76 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
     from textual.strip import Strip
     from textual.widget import Widget
 
-    class Screenful(Widget):
-        """One widget for the whole screen; of a new frame it repaints the cells that differ."""
-
-        rows: list[Row] = []
-        base = Style()
-
-        def show(self, rows: list[Row]) -> None:
-            base = Style.parse(f"{view.look.fg} on {view.look.bg}")
-            if len(rows) != len(self.rows) or base != self.base:
-                regions = [self.size.region]
-            else:
-                spans = [(y, *changed(a, b)) for y, (a, b) in enumerate(zip(self.rows, rows)) if a != b]
-                regions = [Region(start, y, end - start, 1) for y, start, end in spans]
-            self.rows, self.base = rows, base
-            if regions:
-                self.refresh(*regions)
+    class Slice(Widget):
+        """Some columns of the screen. Textual repaints a line of a widget from its left edge on, so
+        narrow widgets are what keeps the output small where only a few cells differ."""
 
         def render_line(self, y: int) -> Strip:
-            row = self.rows[y] if y < len(self.rows) else [(" " * self.size.width, "")]
-            return Strip([Segment(text, self.base + Style.parse(style)) for text, style in row])
+            line = self.app.lines[y] if y < len(self.app.lines) else []
+            line = line[self.region.x : self.region.right]
+            base = f"{view.look.fg} on {view.look.bg} "
+            return Strip([Segment("".join(c for c, _ in group), Style.parse(base) + Style.parse(style))
+                          for style, group in itertools.groupby(line, key=lambda cell: cell[1])])
 
     class Monitor(App):
-        CSS = "Screen { overflow: hidden; } Screenful { width: 100%; height: 100%; }"
+        CSS = "Screen { layout: horizontal; overflow: hidden; } Slice { height: 100%; width: 1; }"
         ENABLE_COMMAND_PALETTE = False
         BINDINGS = [Binding("ctrl+c", "quit", priority=True),
                     Binding("tab", "press('tab')", priority=True),
                     Binding("shift+tab", "press('shift+tab')", priority=True)]
 
+        rows: list[Row] = []
+        lines: list[list[tuple[str, str]]] = []
+        edges: list[int] = []  # where slices end
+        shown: tuple = ()  # what `news` was, and the look
+        drawn = stepped = 0.0
+
         def compose(self) -> ComposeResult:
-            self.screenful = Screenful()
-            yield self.screenful
+            yield from (Slice() for _ in range(6))
 
         def on_mount(self) -> None:
-            self.stepped = 0.0
             if hz:
                 self.set_interval(1 / hz, self.pump)
                 self.player = self.set_interval(1 / 64, self.advance, pause=True)
 
         def on_resize(self, event: events.Resize) -> None:
-            self.pump()
+            self.draw()
 
         def draw(self) -> None:
-            self.screenful.show(frame(view, logs, *self.size))
+            """Make a new frame and repaint the slices of lines in which it differs."""
+            rows, before, look = frame(view, logs, *self.size), self.lines, self.shown[1:2]
+            self.lines = [line if row is old or row == old else flat(row) for row, old, line in
+                          itertools.zip_longest(rows, self.rows, before[: len(rows)])][: len(rows)]
+            self.rows, self.shown, self.drawn = rows, (self.news(), view.look), time.monotonic()
+            slices, edges = list(self.query(Slice)), []
+            for i in range(1, len(slices) + 1):
+                edge = self.size.width * i // len(slices)
+                while edge < self.size.width and any(line[edge][0] == "" for line in self.lines):
+                    edge -= 1  # never through a wide character
+                edges.append(max(edge, *edges[-1:], 0))
+            if edges != self.edges or look != (view.look,) or len(before) != len(rows):
+                self.edges = edges
+                for one, start, end in zip(slices, [0, *edges], edges):
+                    one.styles.width = end - start
+                    one.refresh()
+                return
+            for one, start, end in zip(slices, [0, *edges], edges):
+                regions = [Region(0, y, end - start, 1) for y, (a, b) in enumerate(zip(before, self.lines))
+                           if a is not b and a[start:end] != b[start:end]]
+                if regions:
+                    one.refresh(*regions)
+
+        def news(self) -> tuple:
+            """What makes a new frame necessary, keys apart."""
+            return tuple((log.run.lines, *(status := log.status())[:1], status[1] >= 5 and int(status[1]))
+                         for log in logs)
 
         def pump(self) -> None:
             """Read what is new, for 40 ms at most, and show it; go on at once if there is more."""
-            behind = [log.poll() for log in logs]
-            self.draw()
-            if hz and any(behind):
+            behind = any([log.poll() for log in logs])
+            if self.news() != self.shown[:1] and not (behind and time.monotonic() < self.drawn + 0.5):
+                self.draw()
+            if behind and hz:
                 self.set_timer(0.01, self.pump)
 
         def advance(self) -> None:
