@@ -62,7 +62,8 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -242,6 +243,7 @@ def draw(policy: nn.Module, h_NJD: Tensor, u_NJ: Tensor | None, temperature: flo
             cdf_NJV = prob_NJV.double().cumsum(-1)
             spot_NJ1 = u_NJ[rows, :, None] * cdf_NJV[..., -1:]
             token_NJ = torch.searchsorted(cdf_NJV, spot_NJ1, right=True).squeeze(-1)
+            token_NJ = token_NJ.clamp(max=cdf_NJV.shape[-1] - 1)  # logits that are nan find no place
         sure_NJ = logp_NJV.gather(-1, token_NJ[..., None]).squeeze(-1)
         parts.append((token_NJ, sure_NJ, torch.special.entr(prob_NJV).sum(-1)))
     return [torch.cat(part) for part in zip(*parts)]
@@ -562,8 +564,7 @@ def update(policy: nn.Module, optimizer, moves: Moves, cfg: Config, ranks: Ranks
         ratios.append(stats["ratio/mean"][0])
     ranks.sum_gradients(parameters)
     norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
-    if not torch.isfinite(norm):
-        raise Halt(f"gradient norm is {norm.item()}")
+    demand_finite("gradient norm", norm, ranks)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tally.add("grad_norm", norm.detach())
@@ -616,15 +617,6 @@ def texts(token_NC: Tensor, tokenizer, end: int) -> list[str]:
 def lengths(token_NC: Tensor, end: int) -> Tensor:
     """Tokens before the first end token [N]."""
     return ((token_NC == end).cumsum(1) == 0).sum(1)
-
-
-def judge(task: data.Task, problems: list, answers: list[str], guesses: list[str]):
-    """Rewards of the N answers and, by the same function, of the K guesses of each: [N, K]."""
-    K = len(guesses) // len(answers)
-    asked = [problem for problem in problems for _ in range(K)]
-    rewards = task.rewards(answers + guesses, problems + asked)
-    final, early = rewards[: len(answers)], rewards[len(answers) :]
-    return final, torch.tensor(early, dtype=torch.float32).reshape(len(answers), K)
 
 
 # ---- evaluate ------------------------------------------------------------------------------------
@@ -686,14 +678,15 @@ class Run:
 
     cfg: Config
     policy: nn.Module
-    reference: Callable  # () -> context manager that yields the network under the old weights
-    optimizer: torch.optim.Optimizer | None
     tokenizer: object
-    train_set: list[data.Problem]
-    val_set: list[data.Problem]
     ranks: Ranks
-    log: EventLog
-    stop: StopSignal
+    reference: Callable | None = None  # () -> context manager that yields the network it started as
+    optimizer: torch.optim.Optimizer | None = None
+    train_set: list[data.Problem] = ()
+    val_set: list[data.Problem] = ()
+    log: EventLog | None = None
+    stop: StopSignal | None = None
+    background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))  # rewards
 
     def prompts(self, problems: list[data.Problem]) -> tuple[Tensor, Tensor]:
         pair = encode(problems, self.tokenizer, self.cfg.P, self.policy.config.pad_id)
@@ -716,7 +709,9 @@ def train(run: Run, start: int) -> None:
         with log.phase(step, "rollout"):  # act
             u_NT2J = uniform((cfg.T, 2, cfg.block), rows, cfg.seed, step, "draw").to(ranks.device)
             roll = rollout(policy, *run.prompts(problems), cfg, u_NT2J, log.watcher(step, run))
+            demand_finite("entropy of the rollout's logits", roll.entropy_NC.sum(), ranks)
             answers = texts(roll.token_NC, run.tokenizer, end)
+            judged = run.background.submit(data.TASKS[cfg.task].rewards, answers, problems)
 
         with log.phase(step, "logp"):  # choose
             t_NK, moves = choose_moves(roll, cfg, mask, step, rows)
@@ -725,10 +720,8 @@ def train(run: Run, start: int) -> None:
                 ref_S, _ = score(reference, moves, cfg)
 
         with log.phase(step, "score"):  # credit
-            guesses = [] if guess_SC is None else texts(guess_SC, run.tokenizer, end)
-            rewards, early_NK = judge(data.TASKS[cfg.task], problems, answers, guesses)
-            reward_N = torch.tensor(rewards, dtype=torch.float32, device=ranks.device)
-            adv_S = advantages(reward_N, early_NK.to(ranks.device), moves, cfg)
+            rewards, early_NK = judged.result(), judge_guesses(run, problems, guess_SC)
+            adv_S = advantages(torch.tensor(rewards, device=ranks.device), early_NK, moves, cfg)
             moves = moves._replace(adv_S=adv_S, old_S=old_S, ref_S=ref_S)
 
         with log.phase(step, "update"):  # learn
@@ -738,7 +731,7 @@ def train(run: Run, start: int) -> None:
 
         measure(tally, cfg, roll, rewards, t_NK, moves, ratio_S, end)  # tell
         log.step(step, tally.means(ranks), roll, t_NK)
-        log.sample(step, run, problems, answers, roll, t_NK, moves, ratio_S, rewards, early_NK, guess_SC)
+        log.samples(run, problems, answers, rewards, roll, t_NK, moves, ratio_S, early_NK, guess_SC)
 
 
 def between_steps(run: Run, step: int, start: int) -> None:
@@ -749,7 +742,7 @@ def between_steps(run: Run, step: int, start: int) -> None:
         with run.log.phase(step, "save"):
             save_checkpoint(run, step)
     if stopping:
-        raise Halt(f"stopped after {step} steps", code=128 + run.stop.signal)
+        raise Halt(f"stopped by a signal", code=128 + (run.stop.signal or signal.SIGTERM))
     if step % cfg.eval_every == 0 or last:
         with run.log.phase(step, "eval"):
             m = evaluate(run, run.val_set, cfg)
@@ -758,15 +751,25 @@ def between_steps(run: Run, step: int, start: int) -> None:
             note_evaluation(cfg.out, step, m)
 
 
-def advantages(reward_N: Tensor, early_NK: Tensor, moves: Moves, cfg: Config) -> Tensor:
+def judge_guesses(run: Run, problems: list[data.Problem], guess_SC: Tensor | None) -> Tensor | None:
+    """Reward of the greedy completion at each selected step [N, K], by the same function."""
+    if guess_SC is None:
+        return None
+    guesses = texts(guess_SC, run.tokenizer, run.policy.config.eos_id)
+    asked = [problem for problem in problems for _ in range(len(guesses) // len(problems))]
+    early_S = torch.tensor(data.TASKS[run.cfg.task].rewards(guesses, asked))
+    return early_S.to(guess_SC.device).view(len(problems), -1)
+
+
+def advantages(reward_N: Tensor, early_NK: Tensor | None, moves: Moves, cfg: Config) -> Tensor:
     """The advantage of each move, in the shape of `moves.live_S`; the group's for diffu_grpo."""
     if cfg.method == "diffu_grpo":
         one_N1 = torch.ones_like(reward_N[:, None])
         adv_N1 = stepwise_advantages(reward_N, one_N1, one_N1 > 0, cfg.G, lam=0)
         return adv_N1.expand_as(moves.live_S)
     live_NK = moves.live_S.view(len(reward_N), -1)
-    if early_NK.numel() == 0:
-        early_NK = torch.zeros(live_NK.shape, device=reward_N.device)  # lam is 0: not looked at
+    if early_NK is None:
+        early_NK = torch.zeros_like(live_NK, dtype=reward_N.dtype)  # lam is 0: not looked at
     return stepwise_advantages(reward_N, early_NK, live_NK, cfg.G, cfg.lam).flatten()
 
 
@@ -805,6 +808,12 @@ class Halt(Exception):
     def __init__(self, message: str, code: int = 1):
         super().__init__(message)
         self.code = code
+
+
+def demand_finite(name: str, x: Tensor, ranks: Ranks) -> None:
+    """Stop all ranks, before anything is changed, if this number is nan or inf on any of them."""
+    if ranks.any(not torch.isfinite(x)):
+        raise Halt(f"{name} is {x.item()}")
 
 
 class Ranks:
@@ -1177,13 +1186,13 @@ class EventLog:
             f"  reward {m['reward']:.3f}  of {m['n']} held out  {m['seconds']:.1f} s"
         )
 
-    def sample(
-        self, step, run, problems, answers, roll, t_NK, moves, ratio_S, rewards, early_NK, guess_SC
+    def samples(
+        self, run, problems, answers, rewards, roll, t_NK, moves, ratio_S, early_NK, guess_SC
     ) -> None:
         """The whole trajectory of the first row of two prompts, and the first prompt's group."""
         if self.fd is None:
             return
-        G, end = self.cfg.G, run.policy.config.eos_id
+        step, G, end = self.it, self.cfg.G, run.policy.config.eos_id
         length = lengths(roll.token_NC, end).tolist()
         for row in dict.fromkeys((0, min(G, len(problems) - 1) // G * G)):
             ids = roll.token_NC[row].tolist()
@@ -1272,9 +1281,10 @@ def open_run(cfg: Config, ranks: Ranks, stop: StopSignal) -> tuple[Run, int]:
     log = log or EventLog(cfg, ranks)
     log.meta(resume=start if cfg.resume else None)
     introduce(cfg, policy, ranks, start)
-    return Run(
-        cfg, policy, reference, optimizer, tokenizer, train_set, val_set, ranks, log, stop
-    ), start  # fmt: skip
+    run = Run(
+        cfg, policy, tokenizer, ranks, reference, optimizer, train_set, val_set, log, stop
+    )  # fmt: skip
+    return run, start
 
 
 def load_problems(cfg: Config, split: str, most: int = 0) -> list[data.Problem]:
@@ -1327,7 +1337,7 @@ def evaluate_only(cfg: Config, ranks: Ranks) -> int:
     policy, tokenizer = load_policy(cfg, cfg.model, ranks)
     cfg.P = prompt_length(cfg, problems, tokenizer)
     accelerate(policy, cfg, ranks.device)
-    run = Run(cfg, policy, None, None, tokenizer, [], [], ranks, None, None)
+    run = Run(cfg, policy, tokenizer, ranks)
     folder = Path(cfg.model).resolve() if Path(cfg.model).is_dir() else Path(cfg.out)
     validation = folder / "validation.json"
     if validation.exists():
@@ -1483,7 +1493,7 @@ def main() -> int:
         return 0
     except Halt as halt:
         run.log.end("stopped" if halt.code > 2 else "crashed", str(halt))
-        say(f"egspo: {halt}; {last_checkpoint(cfg.out)}", file=sys.stderr)
+        say(f"egspo: step {run.log.it}: {halt}; {last_checkpoint(cfg.out)}", file=sys.stderr)
         return halt.code
     except BaseException as error:
         run.log.end("crashed", repr(error))

@@ -1,10 +1,12 @@
 """Put the modules on the path, and leave the slow tests out unless they are asked for."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: more threads only get in the way
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
