@@ -105,7 +105,7 @@ def parse_config(raw: dict, source: str = "config") -> Config:
             " must be a multiple of the next, and a head's width even"
         )
     for name, token in (("mask", c.mask_id), ("eos", eos_id), ("pad", pad_id)):
-        if not 0 <= token < c.vocab_size:
+        if not isinstance(token, int) or not 0 <= token < c.vocab_size:
             raise ValueError(f"{source}: {name}_token_id {token} is not below {c.vocab_size}")
     return c
 
@@ -309,6 +309,7 @@ def from_config(
 
 
 def skeleton(config: Config, dtype: torch.dtype) -> Transformer:
+    """The network on the meta device, to be filled."""
     with torch.device("meta"):
         return Transformer(config).to(dtype)
 
@@ -393,6 +394,7 @@ def opened(file: Path) -> Iterator:
 
 
 def weight_files(folder: Path) -> list[Path]:
+    """One file, or the shards of an index."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
@@ -443,7 +445,11 @@ def load(
         base = lora.get("base_model_name_or_path")
         if not base:
             raise ValueError(f"{folder}/adapter_config.json: base_model_name_or_path is missing")
-        net = load(base, device, dtype, quantize, lora.get("revision"))
+        try:
+            net = load(base, device, dtype, quantize, lora.get("revision"))
+        except FileNotFoundError as error:  # it may name a folder of whoever trained the adapter
+            where = f"{folder}/adapter_config.json, base_model_name_or_path"
+            raise FileNotFoundError(f"{where}: {error}") from None
         if adapter:
             load_lora(net, folder)
         return net
@@ -467,8 +473,10 @@ def load(
                 else:  # copied: on the CPU, what was read is a view of the mapped file
                     tensor = tensor.to(device, dtype, copy=True)
                     setattr(owner, leaf, nn.Parameter(tensor))
-    fetched = folder.parent.name == "snapshots"  # of the hub's cache, named by their commits
-    net.origin = (str(path), folder.name) if fetched else (str(folder.resolve()), None)
+    if folder != Path(path) and folder.parent.name == "snapshots":
+        net.origin = str(path), folder.name  # the hub's cache names a snapshot by its commit
+    else:
+        net.origin = str(folder.resolve()), None
     return net
 
 
@@ -523,8 +531,8 @@ def quantized(
 
     shape = (linear.in_features, linear.out_features)
     if kind == "nf4":
-        kwargs = dict(bias=False, device="meta", quant_type="nf4", compute_dtype=torch.bfloat16)
-        made = bnb.nn.Linear4bit(*shape, **kwargs)
+        style = dict(quant_type="nf4", compute_dtype=torch.bfloat16)
+        made = bnb.nn.Linear4bit(*shape, bias=False, device="meta", **style)
         params = bnb.nn.Params4bit(weight.bfloat16(), quant_type="nf4", module=made)
         made.support_avx512bf16_for_cpu = False  # no second kernel in eval mode: rollout = update
     else:
@@ -565,8 +573,10 @@ def dense(linear: nn.Linear) -> Tensor:
 
 
 class LoRA(nn.Module):
-    """base(x) + alpha / r * B A x, with B = 0 at first (arXiv 2106.09685). A and B are float32,
-    the arithmetic is in the dtype of x."""
+    """base(x) + alpha / r * B A x, B = 0 at first (arXiv 2106.09685).
+
+    A and B are kept in float32, so that small updates count; the products are in x's dtype.
+    """
 
     def __init__(self, base: nn.Linear, r: int, alpha: float):
         super().__init__()
@@ -585,6 +595,7 @@ class LoRA(nn.Module):
 
 
 def adapters(net: Transformer) -> dict[str, LoRA]:
+    """The adapted maps by name; empty where `load` found, and `add_lora` made, none."""
     return {name: m for name, m in net.named_modules() if isinstance(m, LoRA)}
 
 
@@ -628,7 +639,7 @@ def merge_lora(net: Transformer) -> None:
         weight = dense(lora.base) + (lora.alpha / lora.r) * lora.lora_B @ lora.lora_A
         with torch.device("meta"):
             merged = nn.Linear(lora.base.in_features, lora.base.out_features, bias=False)
-        merged.weight = nn.Parameter(weight.to(net.embed.weight.dtype))
+        merged.weight = nn.Parameter(weight.to(net.embed.weight.dtype), requires_grad=False)
         merged.bias = lora.base.bias
         net.set_submodule(name, merged)
 

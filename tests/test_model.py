@@ -615,7 +615,8 @@ def test_a_bad_adapter_is_one_clear_line(tmp_path):
         assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
     check("base_model_name_or_path", dict(base_model_name_or_path=None))
-    check("elsewhere", dict(base_model_name_or_path=str(tmp_path / "elsewhere")))
+    elsewhere = dict(base_model_name_or_path=str(tmp_path / "elsewhere"))
+    check("adapter_config.json, base_model.*elsewhere", elsewhere)
     check("use_dora", dict(use_dora=True))
     check("r or lora_alpha", dict(r=None))
     check("shape", dict(r=5))
