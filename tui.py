@@ -484,7 +484,7 @@ class Look:
 
     def ink(self, x: float) -> str:
         """The same for text: only the part of the palette that can be read."""
-        return self.heat(x, floor=0.45)
+        return self.heat(x, floor=0.55 if self.light else 0.45)
 
     def line_colours(self) -> tuple[str, ...]:
         return self.sky, self.orange, self.teal, self.dim, self.fg, self.mark
@@ -789,7 +789,7 @@ def chart(curves: Sequence[Curve], width: int, height: int, look: Look, *, log: 
         y = down(finite(curve.values)[-1]) // canvas.dy
         free = [row for row in range(h) if row not in names]
         if free:
-            names[min(free, key=lambda row: (abs(row - y), row))] = curve
+            names[min(free, key=lambda row: (abs(row - y), -row))] = curve
     rows = []
     for y in range(h):
         rail = look("edge") if y in ticks else look("v")
@@ -1224,7 +1224,7 @@ def overview(view: View, logs: Sequence[Log], width: int, height: int) -> list[R
     sample = on_screen(view, log)
     top = 7 if height < 36 else max(8, height // 5)
     bottom = 0 if height < 28 else max(11, (height - top) * 14 // 25)
-    middle, left = height - top - bottom, width * 5 // 8
+    middle, left = height - top - bottom, width * 5 // 8 if width >= 100 else width // 2
     charts = log.once(lambda: beside(reward_panel(view, log, left, middle),
                                      health_panel(view, log, width - left, middle)),
                       "overview", log.run.updates, len(log.run.alerts), left, middle, width,
@@ -1711,6 +1711,8 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
                           for style, group in itertools.groupby(line, key=lambda cell: cell[1])])
 
     class Monitor(App):
+        """Keys and time change the view and the logs; `draw` shows them."""
+
         CSS = "Screen { layout: horizontal; overflow: hidden; } Slice { height: 100%; width: 1; }"
         ENABLE_COMMAND_PALETTE = False
         BINDINGS = [Binding("ctrl+c", "quit", priority=True),
@@ -1732,13 +1734,13 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
                 self.player = self.set_interval(1 / 64, self.advance, pause=True)
 
         def on_resize(self, event: events.Resize) -> None:
-            self.draw()
+            self.call_next(self.draw)  # after Textual has taken the new size in
 
         def draw(self) -> None:
             """Make a new frame and repaint the slices of lines in which it differs."""
             rows, before, look = frame(view, logs, *self.size), self.lines, self.shown[1:2]
-            self.lines = [line if row is old or row == old else flat(row) for row, old, line in
-                          itertools.zip_longest(rows, self.rows, before[: len(rows)])][: len(rows)]
+            kept = itertools.chain(zip(self.rows, before), itertools.repeat((None, [])))
+            self.lines = [line if row == old else flat(row) for row, (old, line) in zip(rows, kept)]
             self.rows, self.shown, self.drawn = rows, (self.news(), view.look), time.monotonic()
             slices, edges = list(self.query(Slice)), []
             for i in range(1, len(slices) + 1):
@@ -1766,7 +1768,7 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
         def pump(self) -> None:
             """Read what is new, for 40 ms at most, and show it; go on at once if there is more."""
             behind = any([log.poll() for log in logs])
-            if self.news() != self.shown[:1] and not (behind and time.monotonic() < self.drawn + 0.5):
+            if (self.news(),) != self.shown[:1] and not (behind and time.monotonic() < self.drawn + 0.5):
                 self.draw()
             if behind and hz:
                 self.set_timer(0.01, self.pump)

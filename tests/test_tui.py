@@ -1,0 +1,635 @@
+"""The monitor: what it reads, what it draws, what its keys do, and what it is as a process."""
+
+import asyncio
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings, strategies as st
+from rich.cells import cell_len
+from rich.color import Color, ColorSystem
+
+import fake_run
+import tui
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+SIZES = [(220, 60), (160, 45), (120, 40), (80, 24), (60, 16), (40, 12), (20, 5)]
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Logs by name: finished ones of both kinds, and one in the middle of a rollout."""
+    folder = tmp_path_factory.mktemp("runs")
+    fake_run.write(folder / "sudoku", kind="sudoku", iters=24)
+    fake_run.write(folder / "gsm8k", kind="gsm8k", iters=12)
+    fake_run.write(folder / "live", kind="gsm8k", iters=12, until=5)
+    return folder
+
+
+def load(path: Path, **options) -> tui.Log:
+    log = tui.Log(path / "events.jsonl" if path.is_dir() else path, patience=0, **options)
+    while log.poll():
+        pass
+    return log
+
+
+def live(runs: Path) -> tui.Log:
+    """A run whose last event is a second old, for ever."""
+    log = load(runs / "live")
+    log.clock = lambda: tui.stamp(log.run.recent[-1]) + 1
+    return log
+
+
+def lines(*events: dict) -> bytes:
+    return b"".join(fake_run.encode({"ts": 1.76e9 + q} | event, q) for q, event in enumerate(events))
+
+
+META = dict(e="meta", v=1, run="r", T=4, K=2, L=8, block=4, N=2, G=2, iters=9, resume=None)
+
+
+def step(it: int, **metrics) -> dict:
+    return dict(e="step", it=it, m={"reward/mean": 0.5} | metrics, ent=[2, 1, 0.5, 0.2], sel=[2, 2, 0, 0], n=2)
+
+
+def feed(*events: dict) -> tui.Run:
+    run = tui.Run()
+    for line in lines(*events).splitlines():
+        run.feed(line)
+    return run
+
+
+def state(run: tui.Run) -> str:
+    """All of a run, comparable."""
+    series = {name: (list(s.its), list(s.values)) for name, s in run.series.items()}
+    return repr((tui.replace(run, series={}), sorted(series.items())))
+
+
+# ---- read ----------------------------------------------------------------------------------------
+
+
+def test_a_torn_last_line_waits_for_its_newline(tmp_path):
+    path = tmp_path / "events.jsonl"
+    whole = lines(META, step(0))
+    path.write_bytes(whole[:-20])
+    log = load(path)
+    assert log.run.meta and not log.run.series and log.run.bad == 0
+    with open(path, "ab") as file:
+        file.write(whole[-20:])
+    log.poll()
+    assert log.run.latest("reward/mean") == 0.5 and log.run.bad == 0
+
+
+def test_every_split_of_the_stream_gives_the_same_state(tmp_path, runs):
+    whole = (runs / "sudoku" / "events.jsonl").read_bytes()[:60000]
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(whole)
+    expected = state(load(path).run)
+    for seed in range(25):
+        rng = random.Random(seed)
+        cuts = sorted(rng.randrange(len(whole)) for _ in range(rng.randint(1, 40)))
+        path = tmp_path / str(seed)
+        log = tui.Log(path)
+        for start, end in zip([0, *cuts], [*cuts, len(whole)]):
+            with open(path, "ab") as file:
+                file.write(whole[start:end])
+            log.poll()
+        assert state(log.run) == expected
+
+
+def test_a_hole_of_nul_bytes_is_waited_for_and_then_read(tmp_path):
+    path = tmp_path / "events.jsonl"
+    whole = lines(META, step(0), step(1), step(2))
+    start = len(lines(META))
+    path.write_bytes(whole[:start] + bytes(30) + whole[start + 30 :])
+    log = tui.Log(path)
+    log.poll()
+    assert log.run.meta and not log.run.series
+    path.write_bytes(whole)
+    log.poll()
+    assert log.run.done == 3 and log.run.bad == 0
+
+
+def test_a_hole_that_stays_is_one_bad_line(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(lines(META) + bytes(50) + b"\n" + lines(step(0)))
+    log = tui.Log(path, patience=3)
+    for _ in range(5):
+        log.poll()
+    assert log.run.done == 1 and log.run.bad == 1
+
+
+@pytest.mark.parametrize("how", ["replaced", "truncated", "regrown"])
+def test_a_file_that_starts_over_is_read_from_its_start(tmp_path, how):
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(lines(META, step(0), step(1)))
+    log = load(path)
+    new = lines(META | {"ts": 1.77e9, "run": "new"}, *map(step, range(5 if how == "regrown" else 1)))
+    if how == "replaced":
+        path.with_suffix(".new").write_bytes(new)
+        os.replace(path.with_suffix(".new"), path)
+    else:
+        path.write_bytes(new)  # the same inode; "regrown" is longer than what was read
+    log.poll()
+    assert log.name == "new" and log.run.done == (5 if how == "regrown" else 1)
+
+
+def test_a_missing_file_is_waited_for_and_a_deleted_one_keeps_its_state(tmp_path):
+    log = tui.Log(tmp_path / "events.jsonl")
+    assert not log.poll() and log.status()[0] == "waiting"
+    log.path.write_bytes(lines(META, step(0)))
+    log.poll()
+    assert log.run.done == 1
+    log.path.unlink()
+    log.poll()
+    assert log.run.done == 1
+
+
+def test_what_is_not_a_number_arrives_and_is_news():
+    run = feed(META, step(0, kl=0.1), step(1, kl="nan"), step(2, kl="nan"), step(3, kl="-inf"))
+    assert math.isnan(run.series["kl"].values[1]) and run.series["kl"].values[3] == -math.inf
+    assert [alert for alert in run.alerts] == [(1, "error", "kl is nan")]  # once, not every step
+
+
+def test_a_resume_makes_what_came_after_it_void():
+    sample = dict(e="sample", it=3, s=0, tok=["a"], rev=[0])
+    run = feed(META, *map(step, range(5)), sample, dict(e="eval", it=4, m={"accuracy": 0.5}),
+               dict(e="end", status="crashed"), META | {"resume": 2})
+    assert run.done == 2 and sorted(run.entropy) == [0, 1]
+    assert not run.samples and not run.evals and run.end is None
+    assert feed(META, *map(step, range(5)), META).done == 0
+
+
+def test_unknown_events_and_keys_are_ignored_and_unusable_lines_are_counted():
+    run = feed(META | {"colour": "red"}, dict(e="telepathy", it=1), step(0) | {"x": 1})
+    assert run.done == 1 and run.bad == 0
+    for line in (b"{", b"[]", b"7", b"", b"\xff\xfe", b'{"e":"step"}', b'{"e":"sample","q"}', b'{"e":"phase","it":"x"}'):
+        run.feed(line)
+    assert run.bad == 8 and run.done == 1
+    assert feed(META | {"v": 2}).newer and not run.newer
+
+
+def test_a_hundred_thousand_lines_take_less_than_three_seconds(tmp_path):
+    events = [dict(e="denoise", it=0, b=0, t0=i, s=0, H=[0.5], rv=[[i, "x", 0.5]]) for i in range(18)]
+    body = b"".join(lines(*events, dict(e="phase", it=i, name="update"), step(i)) for i in range(5000))
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(lines(META) + body)
+    began = time.process_time()
+    log = load(path)
+    assert log.run.lines == 100001 and log.run.done == 5000
+    assert time.process_time() - began < 3
+
+
+def test_the_state_of_a_run_is_told_apart(tmp_path):
+    path, ended = tmp_path / "events.jsonl", subprocess.Popen(["true"])
+    ended.wait()
+    here = dict(host=os.uname().nodename, boot=tui.boot_id(), pid=os.getpid())
+
+    def status(age: float, *events: dict, **meta) -> str:
+        path.write_bytes(lines(META | meta, *events))
+        log = load(path, clock=lambda: 1.76e9 + len(events) + age)
+        return log.status()[0]
+
+    assert status(1, **here) == "live"
+    assert status(1, **here | {"pid": ended.pid}) == "crashed"
+    assert status(1, **here | {"pid": ended.pid, "host": "elsewhere"}) == "live"
+    assert status(61, step(0)) == "quiet"
+    assert status(61, step(0, **{"t/total": 100})) == "live"  # its steps are that long
+    assert status(700, step(0)) == "dead"
+    assert status(700, dict(e="end", status="stopped")) == "stopped"
+    assert status(1, dict(e="end", status="finished"), META | {"resume": 1}) == "live"
+
+
+def test_a_trajectory_is_the_tokens_and_when_they_were_revealed(runs):
+    event = dict(e="sample", it=0, s=0, tok=["a", "b", "c", ""], rev=[1, 0, 2, 3], ent=[1, 1, 1],
+                 edit=[[2, 1, None], [5, 1, "B"]])
+    sample = tui.Sample.parse(json.dumps(event).encode())
+    assert sample.at(0) == [None, "b", None, None]
+    assert sample.at(1) == ["a", "b", None, None]
+    assert sample.at(2) == ["a", None, "c", None]  # remasked
+    assert sample.at(9)[1] == "B" and sample.decoded == 3
+    log = load(runs / "sudoku")
+    logged = log.sample(23, 1)
+    assert (logged.it, logged.s, len(logged.sel)) == (23, 1, 4)
+    assert log.sample(23, 99) is None
+
+
+def test_the_rollout_in_progress_is_followed(runs):
+    log = load(runs / "live")
+    sample = log.run.live()
+    assert sample.it == 5 and 0 < len(sample.ent) < 64
+    assert sum(map(bool, sample.tok)) == sum(when < len(sample.ent) for when in sample.rev) > 0
+    log.run.feed(lines(step(5)).strip())
+    assert log.run.live() is None
+
+
+def test_a_replay_shows_a_log_at_the_pace_it_was_written(runs, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(tui.time, "time", lambda: now[0])
+    log = tui.Log(runs / "sudoku" / "events.jsonl", speed=2.0)
+    log.poll()
+    assert log.run.lines and log.run.done == 0 and log.status()[0] == "live"
+    now[0] += 8.0  # 16 seconds of the run, at 1.6 s a step
+    log.poll()
+    assert 5 <= log.run.done <= 11
+    now[0] += 1000.0
+    log.poll()
+    assert log.run.done == 24 and log.status()[0] == "finished"
+
+
+# ---- draw ----------------------------------------------------------------------------------------
+
+
+def check(rows: list, width: int, height: int) -> None:
+    assert len(rows) == height
+    for row in rows:
+        assert sum(cell_len(text) for text, _ in row) == width
+
+
+LOOKS = [tui.Look(), tui.Look("magma", "block", True), tui.Look("grey", "ascii")]
+VALUES = st.lists(st.one_of(st.floats(-1e9, 1e9), st.just(math.nan), st.just(math.inf), st.just(0.0)), max_size=80)
+
+
+@settings(max_examples=150, deadline=None)
+@given(VALUES, st.integers(1, 140), st.integers(1, 130), st.integers(2, 20), st.sampled_from(LOOKS), st.booleans())
+def test_every_picture_fills_exactly_its_cells(values, T, width, height, look, log):
+    positive = [abs(value) for value in values]
+    check(tui.strip(positive, T, width, height, look, K=3, sel=[0, T - 1], t=T // 2), width, height)
+    check(tui.strip(positive, T, width, height, look, share=[0.5] * T, every=7), width, height)
+    its = range(5, 5 + len(values))
+    curves = [tui.Curve("raw", its, values, look.sky, faint=True), tui.Curve("a", its, values, look.orange)]
+    check(tui.chart(curves, width, height, look, log=log, points=[(3, 0.5), (9, math.nan)], cursor=6), width, height)
+    check(tui.carpet([positive, positive[:3]], [0, 1], width, height, look, 2.0, it=1), width, height)
+    check([tui.spark(values, width, look)], width, 1)
+
+
+TOKENS = st.lists(st.one_of(st.text(max_size=6), st.sampled_from(["\n", " the", "数学", "e\u0301", "🙂", "\t", "\x1b[1m", "한국어"])), max_size=40)
+
+
+@settings(max_examples=100, deadline=None)
+@given(TOKENS, st.integers(1, 60), st.integers(1, 12), st.integers(-1, 9), st.sampled_from(LOOKS), st.data())
+def test_any_text_fits_its_cells(tokens, width, height, t, look, data):
+    when = data.draw(st.lists(st.integers(0, 8), min_size=len(tokens), max_size=len(tokens)))
+    sample = tui.Sample(tok=tokens, rev=when, tent=[10] * len(tokens), ent=[1.0] * 8, T=8, sel=[2, 3],
+                        x0=[tokens, tokens], adv=[1, 2])
+    for live in (False, True):
+        sample.live = live
+        check(tui.prose(sample, t, width, height, look, guess=tokens), width, height)
+        check(tui.film(sample, t, width, height, look, guess=True), width, height)
+        check(tui.mosaic(sample, t, width, height, look, 7), width, height)
+        text = tui.plain(tui.prose(sample, 9, width, height, look))
+        assert all(c.isprintable() for c in text.replace("\n", ""))
+
+
+@pytest.mark.parametrize("T, width", [(12, 118), (64, 120), (64, 75), (128, 90)])
+def test_triangles_and_the_cursor_stand_under_their_steps(T, width):
+    entropy = [0.1] * T
+    for t in (0, 5, T - 1):
+        entropy[t] = 3.0
+    rows = tui.plain(tui.strip(entropy, T, width, 6, tui.Look(), sel=[0, 5, T - 1], t=5)).splitlines()
+    tall = [x for x, c in enumerate(rows[0]) if c == "█"]  # the top row: only the high bars
+    marks = [x for x, c in enumerate(rows[4]) if c == "▲"]
+    assert len(marks) == 3 and all(x in tall for x in marks)
+    cursor = rows[5].index("5")
+    assert min(abs(cursor - x) for x in tall) == 0
+
+
+def test_charts_of_nothing_one_point_and_a_constant_say_so_and_nan_is_marked():
+    look = tui.Look()
+    assert "no data" in tui.plain(tui.chart([], 40, 8, look))
+    for values in ([1.0], [2.0] * 9):
+        assert any("\u2801" <= c <= "\u28ff" for c in tui.plain(
+            tui.chart([tui.Curve("a", range(len(values)), values, look.sky)], 40, 8, look)))
+    values = [1.0, 2.0, math.nan, 3.0]
+    assert "×" in tui.plain(tui.chart([tui.Curve("a", range(4), values, look.sky)], 60, 8, look))
+    assert "×" in tui.plain([tui.spark(values, 10, look)])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["sudoku", "gsm8k", "live"])
+def test_every_screen_fills_every_terminal_in_every_look(runs, name, size):
+    log = live(runs) if name == "live" else load(runs / name)
+    view = tui.View()
+    for view.look in LOOKS:
+        for view.number in range(1, 7):
+            for view.help in (False, True):
+                check(tui.frame(view, [log], *size), *size)
+        view.number, view.help = 1, False
+        check(tui.frame(view, [log, log, log], *size), *size)
+
+
+def test_screens_of_an_empty_log_and_of_a_run_without_samples_say_that_they_wait(tmp_path):
+    path = tmp_path / "events.jsonl"
+    for body in (b"", lines(META), lines(META, step(0))):
+        path.write_bytes(body)
+        log = load(path)
+        for number in range(1, 7):
+            for size in SIZES:
+                check(tui.frame(tui.View(number=number), [log], *size), *size)
+    assert "no sample logged yet" in tui.plain(tui.frame(tui.View(number=3), [log], 80, 24))
+
+
+def test_ascii_screens_hold_nothing_else(runs):
+    view = tui.View(look=tui.Look(glyphs="ascii"))
+    for log in (load(runs / "sudoku"), live(runs)):
+        for view.number in range(1, 7):
+            assert tui.plain(tui.frame(view, [log], 120, 40)).isascii()
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    r, g, b = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+@pytest.mark.parametrize("light", [False, True])
+@pytest.mark.parametrize("palette", tui.PALETTES)
+def test_all_words_can_be_read_in_true_colour_and_in_sixteen(runs, palette, light):
+    log, view = load(runs / "gsm8k"), tui.View(look=tui.Look(palette, light=light), t=30)
+    for view.number in range(1, 7):
+        for text, style in sum(tui.frame(view, [log], 120, 40), []):
+            if not any(c.isalnum() for c in text):
+                continue
+            words, _, ground = style.partition("on ")
+            fg, bg = (words.split() or [view.look.fg])[-1], ground or view.look.bg
+            fg = fg if fg.startswith("#") else view.look.fg
+            high, low = sorted((luminance(fg), luminance(bg)), reverse=True)
+            assert (high + 0.05) / (low + 0.05) > 2.5, (text, style)
+            assert Color.parse(fg).downgrade(ColorSystem.STANDARD) != Color.parse(bg).downgrade(ColorSystem.STANDARD)
+
+
+GOLDEN = {
+    "overview": ("sudoku", (120, 40), dict()),
+    "overview_80x24": ("gsm8k", (80, 24), dict()),
+    "overview_40x12": ("sudoku", (40, 12), dict()),
+    "live": ("live", (120, 40), dict()),
+    "entropy": ("gsm8k", (120, 40), dict(number=2, it=4)),
+    "film": ("sudoku", (120, 30), dict(number=3, it=9, s=1, t=2, guess=True, follow=False)),
+    "trajectory": ("gsm8k", (120, 36), dict(number=3, it=9, s=1, t=20, follow=False)),
+    "samples": ("gsm8k", (120, 30), dict(number=4, sort="reward")),
+    "curves": ("gsm8k", (120, 40), dict(number=5)),
+    "zoom": ("sudoku", (80, 24), dict(number=5, zoom=True, pick=3, it=7)),
+    "ascii": ("sudoku", (100, 30), dict(look=tui.Look(glyphs="ascii"))),
+    "help": ("sudoku", (100, 24), dict(help=True)),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_screens_look_as_they_did(runs, name, request):
+    run, size, options = GOLDEN[name]
+    log = live(runs) if run == "live" else load(runs / run)
+    text = tui.plain(tui.frame(tui.View(**options), [log], *size)) + "\n"
+    path = Path(__file__).parent / "golden" / f"{name}.txt"
+    if request.config.getoption("--update-golden"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+def test_several_runs_are_overlaid_and_named(runs):
+    logs = [load(runs / name) for name in ("sudoku", "gsm8k")]
+    text = tui.plain(tui.frame(tui.View(), logs, 120, 40))
+    for name in ("sudoku", "gsm8k"):
+        assert text.count(name) >= 4  # in the table, and at its curve in each chart
+    assert "entropy/mean" in text and "reward/mean" in text
+
+
+def test_the_svg_is_well_formed_and_holds_the_words(runs):
+    import xml.etree.ElementTree as ET
+    rows = tui.frame(tui.View(), [load(runs / "sudoku")], 120, 40)
+    root = ET.fromstring(tui.svg(rows, tui.Look()))
+    words = " ".join("".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text"))
+    assert "entropy per denoising step" in words and "<answer>" in words
+    assert not any("\u2800" <= c <= "\u28ff" or "▁" <= c <= "█" for c in words)  # shapes, not letters
+
+
+# ---- keys ----------------------------------------------------------------------------------------
+
+
+def pressed(logs, *keys: str, **options) -> tui.View:
+    view = tui.View(**options)
+    for key in keys:
+        tui.press(view, key, logs)
+    return view
+
+
+def test_n_goes_to_the_selected_steps_and_wraps(runs):
+    log = load(runs / "gsm8k")
+    sample, view, seen = log.sample(11, 0), tui.View(number=3), []
+    for _ in range(9):
+        tui.press(view, "n", [log])
+        seen.append(view.t)
+    assert seen == sorted(sample.sel) + [min(sample.sel)]
+    assert pressed([log], "n", "N", number=3).t == max(sample.sel)
+
+
+def test_at_the_first_step_all_is_hidden_and_end_reveals_everything(runs):
+    log = load(runs / "gsm8k")
+    sample = log.sample(11, 0)
+
+    def hidden(*keys: str) -> int:
+        view = pressed([log], "3", *keys)
+        return tui.plain(tui.prose(sample, tui.step_of(view, sample), 100, 30, view.look)).count("░")
+
+    counts = [hidden("home"), hidden("home", "shift+right"), hidden("end")]
+    assert counts[0] > counts[1] > counts[2] == 0
+
+
+def test_moving_by_hand_stops_following_and_g_takes_it_up_again(runs):
+    log = load(runs / "sudoku")
+    for key in ("left", "j", "K", "space", "n", "g", "f"):
+        view = pressed([log], key)
+        assert not view.follow, key
+        assert pressed([log], key, "G").follow
+    assert pressed([log], "g").it == 0
+
+
+def test_every_key_works_in_every_view_with_and_without_a_run(runs, tmp_path):
+    keys = ["left", "right", "H", "L", "home", "end", "n", "N", "space", "<", ">", "up", "down", "J", "K", "g", "G",
+            "f", "c", "x", "s", "y", "p", "a", "t", "?", "escape", "enter", "tab", "shift+tab", "/", "z", "backspace", "enter"]
+    for logs in ([load(runs / "sudoku")], [live(runs)], [load(runs / "sudoku"), load(runs / "gsm8k")],
+                 [tui.Log(tmp_path / "nothing")]):
+        for number in range(1, 7):
+            view = tui.View(number=number)
+            for key in keys:
+                assert tui.press(view, key, logs) == ""
+                check(tui.frame(view, logs, 80, 24), 80, 24)
+    assert tui.press(tui.View(), "q", logs) == "quit" and tui.press(tui.View(), "e", logs) == "save"
+
+
+def test_the_filter_narrows_metrics_and_samples(runs):
+    log = load(runs / "gsm8k")
+    view = pressed([log], "5", "/", *"entropy", "enter")
+    assert tui.metric_names(view, [log]) == ["entropy/mean", "entropy/sel"]
+    everything = len(tui.sample_keys(tui.View(number=4), log))
+    view = pressed([log], "4", "/", *"9", "enter")
+    assert 0 <= len(tui.sample_keys(view, log)) < everything
+    assert len(tui.sample_keys(pressed([log], "4", "/", "9", "escape"), log)) == everything
+
+
+def test_playing_runs_through_the_steps_once(runs):
+    log = load(runs / "sudoku")
+    view, seen = pressed([log], "3", "space"), []
+    while view.playing:
+        tui.play(view, log)
+        seen.append(view.t)
+    assert seen == list(range(12))
+
+
+# ---- app -----------------------------------------------------------------------------------------
+
+
+def drive(logs, size, script, **options):
+    """Run the real app without a terminal; `script(app, pilot, view)` is a coroutine."""
+    view = tui.View(**options)
+
+    async def main():
+        app = tui.make_app(logs, view, hz=0)
+        async with app.run_test(size=size) as pilot:
+            app.pump()
+            await script(app, pilot, view)
+
+    asyncio.run(main())
+
+
+def whole(rows) -> str:
+    return "\n".join("".join(text for text, _ in row) for row in rows)
+
+
+def on_screen(app) -> str:
+    """What Textual has composed, not what we meant."""
+    return "\n".join("".join(segment.text for segment in line) for line in app.screen._compositor.render_strips())
+
+
+@pytest.mark.parametrize("size", [(160, 45), (120, 40), (80, 24), (40, 12), (20, 5)])
+def test_the_app_shows_every_view_at_every_size(runs, size):
+    async def script(app, pilot, view):
+        for key in "123456":
+            await pilot.press(key)
+            await pilot.pause()
+            assert on_screen(app) == whole(tui.frame(view, [log], *size))
+
+    log = load(runs / "sudoku")
+    drive([log], size, script)
+
+
+def test_the_app_shows_what_is_appended_and_follows_a_resize(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(lines(META, step(0)))
+    log = tui.Log(path, clock=lambda: 1.76e9)
+
+    async def script(app, pilot, view):
+        await pilot.pause()
+        assert " 1/9" in on_screen(app)
+        with open(path, "ab") as file:
+            file.write(lines(step(1)))
+        app.pump()
+        await pilot.pause()
+        assert " 2/9" in on_screen(app)
+        await pilot.resize_terminal(60, 18)
+        await pilot.pause(0.2)
+        assert on_screen(app) == whole(tui.frame(view, [log], 60, 18))
+
+    drive([log], (100, 30), script)
+
+
+def test_keys_reach_the_app_and_wide_characters_survive(tmp_path):
+    path = tmp_path / "events.jsonl"
+    tok = ["数", "学", "は", "e\u0301", " x", "한국", "。", "x"] * 4
+    path.write_bytes(lines(META, step(0), dict(e="sample", it=0, s=0, prompt="日本語の問題 " * 9, tok=tok, T=4,
+                                               rev=[0, 1, 2, 3] * 8, ent=[1, 2, 3, 4], sel=[1, 2])))
+    log = load(path)
+
+    async def script(app, pilot, view):
+        for key in ("question_mark", "escape", "slash", "k", "escape", "p", "a", "a", "a", "t", "3", "left", "tab", "3"):
+            await pilot.press(key)
+            await pilot.pause()
+            assert on_screen(app).replace("\u0301", "") == whole(
+                tui.frame(view, [log], 90, 20)).replace("\u0301", "")
+        assert view.look == tui.Look("cividis", light=True) and view.t == 2
+        assert "数" in on_screen(app)
+
+    drive([log], (90, 20), script)
+
+
+# ---- process -------------------------------------------------------------------------------------
+
+
+def run(*args, **env) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "tui.py"), *map(str, args)], capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, timeout=30, env=os.environ | {"PYTHONIOENCODING": "utf-8"} | env)
+
+
+def test_without_a_terminal_it_prints_one_plain_frame(runs):
+    began = time.time()
+    done = run(runs / "sudoku", COLUMNS="100", LINES="30")
+    assert done.returncode == 0 and time.time() - began < 10
+    assert "\x1b" not in done.stdout + done.stderr and len(done.stdout.splitlines()) == 30
+    assert "entropy per denoising step" in done.stdout
+    assert run(runs / "sudoku", "--once", "--view", "trajectory", "--it", 3, "--sample", 1, "--step", 2).returncode == 0
+
+
+def test_it_prints_ascii_where_the_terminal_knows_nothing_else(runs):
+    done = run(runs / "sudoku", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and done.stdout.isascii() and "+-" in done.stdout
+
+
+def test_exit_codes_tell_a_missing_run_from_a_newer_log(runs, tmp_path):
+    done = run(tmp_path / "nope")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no such run" in done.stderr
+    assert run(tmp_path).returncode == 2
+    (tmp_path / "events.jsonl").write_bytes(lines(META | {"v": 2}))
+    done = run(tmp_path)
+    assert done.returncode == 3 and "newer" in done.stderr
+
+
+def test_scripts_get_json_a_list_lines_and_pictures(runs, tmp_path):
+    state = json.loads(run(runs / "sudoku", "--json").stdout)
+    assert state["status"] == "finished" and state["done"] == 24 and state["evals"]["24"]["n"] == 256
+    listed = run(runs, "--list").stdout
+    assert listed.count("finished") == 2 and str(runs / "live") in listed
+    told = run(runs / "sudoku", "--plain").stdout.splitlines()
+    assert sum("reward/mean" in line for line in told) == 24 and told[-1] == "finished after 24 updates"
+    assert run(runs / "sudoku", "--svg", tmp_path / "a.svg", "--size", "90x25").returncode == 0
+    assert (tmp_path / "a.svg").read_text().startswith("<svg")
+
+
+def test_a_frame_needs_neither_textual_nor_torch_nor_numpy(runs):
+    code = (f"import sys; sys.argv = ['tui.py', {str(runs / 'sudoku')!r}, '--once']; import tui; tui.main();"
+            "bad = {'torch', 'numpy', 'textual', 'asyncio'} & set(sys.modules); sys.exit(str(bad) if bad else 0)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_dumb_terminal_gets_the_plain_frame(runs):
+    import monitor
+    session = monitor.Session(str(runs / "sudoku"), TERM="dumb")
+    session.read(15)
+    session.close()
+    assert b"entropy per denoising step" in session.seen and b"\x1b" not in session.seen
+
+
+def test_sigterm_gives_the_terminal_back(runs):
+    import monitor
+    session = monitor.Session(str(runs / "sudoku"))
+    session.read(15, until=b"24/24")
+    assert b"\x1b[?1049h" in session.seen  # the alternate screen
+    seen = session.close(signal.SIGTERM)
+    assert seen.rindex(b"\x1b[?1049l") > seen.rindex(b"\x1b[?1049h") and b"\x1b[?25h" in seen
+    assert b"Traceback" not in seen
+
+
+@pytest.mark.slow
+def test_the_monitor_is_quick_and_quiet_in_a_real_terminal():
+    done = subprocess.run([sys.executable, str(ROOT / "bench" / "monitor.py"), "--json"], capture_output=True, text=True)
+    figures = json.loads(done.stdout)
+    assert figures["first frame s"] < 2 and figures["first frame of the large log s"] < 3
+    assert figures["idle cpu"] < 0.03 and figures["tailing KiB/s"] < 40
+    assert figures["event to screen s"] < 0.5 and figures["MiB"] < 80
