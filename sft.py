@@ -38,7 +38,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import model
 from data import TASKS, Problem
 
-TINY = dict(d_model=160, n_layers=5, n_heads=5, mlp_hidden_size=368)  # 1.5 M parameters
+TINY = dict(d_model=128, n_layers=7, n_heads=4, mlp_hidden_size=352)  # 1.4 M parameters
 Row = tuple[str, str, str]  # task, prompt, completion
 
 
@@ -50,10 +50,10 @@ class Config:
     model: str = ""  # fine-tune this folder or hub id; without it, a small new model
     data: str = ""  # learn the rows of this .jsonl file (prompt, completion), not the tasks
     out: str = "tiny"  # folder for weights, tokenizer and training.log
-    steps: int = 4500
+    steps: int = 3400
     batch: int = 64  # rows a step
     C: int = 24  # completion length in tokens, at least one end token included
-    lr: float = 2e-3  # after the warm-up; from there it falls linearly to zero
+    lr: float = 1e-3  # after the warm-up; from there it falls linearly to zero
     warmup: int = 100  # steps
     lora_r: int = 0  # rank of adapters to train; 0 trains all weights
     save_every: int = 500  # steps between copies of the weights in --out
@@ -63,7 +63,8 @@ class Config:
     def __post_init__(self):
         def check(holds: bool, flag: str, want: str):
             if not holds:
-                raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: {want}")
+                value = " ".join(self.task) if flag == "task" else getattr(self, flag)
+                raise ValueError(f"--{flag.replace('_', '-')} {value}: {want}")
 
         known = " ".join(DEMONSTRATORS)
         check(self.task and {*self.task} <= {*DEMONSTRATORS}, "task", f"choose some of {known}")
@@ -292,7 +293,7 @@ def open_model(cfg: Config, rows: list[Row]):
     return model.from_config(raw, device), tokenizer
 
 
-def train(cfg: Config) -> None:
+def train(cfg: Config, argv: list[str]) -> None:
     torch.manual_seed(cfg.seed)
     if cfg.data:
         rows, rng = read_rows(cfg.data), random.Random(cfg.seed)
@@ -316,7 +317,7 @@ def train(cfg: Config) -> None:
     tokenizer.save_pretrained(out)
     (out / "training.log").write_text("")
     size = sum(p.numel() for p in net.parameters())
-    say(out, " ".join(["python sft.py", *sys.argv[1:]]))
+    say(out, " ".join(["python sft.py", *argv]))
     say(out, f"{size:,} parameters, {len(tokenizer)} tokens, P {P}, C {C}, {len(rows):,} prompts; "
              "accuracy: hidden tokens of held-out right answers")  # fmt: skip
     losses, told, began = [], 0, time.perf_counter()
@@ -357,19 +358,23 @@ def say(out: Path, line: str) -> None:
         print(line, file=log)
 
 
-def main() -> int:
-    errors = io.StringIO()
+def parse(argv: list[str]) -> Config:
+    """The command line, checked; ValueError in one line, where tyro would draw a box."""
+    box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
-            cfg = tyro.cli(Config)
-        train(cfg)
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Config, args=argv, prog="sft.py")
     except SystemExit as leaving:
         if not leaving.code:
             raise  # --help
-        words = errors.getvalue().partition("────\n")[2].partition("────")[0]
-        words = " ".join(words.strip("╭─╮│╰╯").replace("│", " ").split())
-        print(f"sft: {words}", file=sys.stderr)
-        return 2
+    said = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
+    said = " ".join(itertools.takewhile(lambda line: line.strip("─╰╯"), said))
+    raise ValueError(said.removeprefix("Error parsing Config: "))
+
+
+def main(argv: list[str]) -> int:
+    try:
+        train(parse(argv), argv)
     except (ValueError, OSError) as error:
         print(f"sft: {error}", file=sys.stderr)
         return 2
@@ -377,4 +382,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,200 @@
+"""The demonstrators, the tokenizer, the objective, and the folder that they make."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from toy import toy_model
+from transformers import AutoTokenizer
+
+import egspo
+import model
+import sft
+from data import TASKS
+
+REPO = Path(__file__).parents[1]
+TINY = REPO / "tiny"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    return toy_model(tmp_path_factory.mktemp("model") / "toy")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY)
+
+
+def run(*words) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(REPO / "sft.py"), *map(str, words)], capture_output=True, text=True,
+        timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+
+
+# ---- demonstrators -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sft.DEMONSTRATORS)
+def test_a_right_demonstration_earns_full_reward_and_the_others_seldom_do(name):
+    rng, task = random.Random(0), TASKS[name]
+    problems = task.load("train")[:100]
+    solved = {}
+    for kind in sft.SHARES:
+        told = [sft.demonstrate(problem, kind, rng)[2] for problem in problems]
+        solved[kind] = sum(reward.correct for reward in task.rewards(told, problems)) / 100
+    assert solved["right"] == 1
+    assert solved["lazy"] <= 0.2 and solved["guess"] <= 0.2
+
+
+def test_the_mixture_has_its_shares_and_comes_after_the_right_ones():
+    cfg = sft.Config(task=("sudoku",), steps=10, batch=400)
+    zeros = []
+    for _, rows in zip(range(10), sft.demonstrations(cfg)):
+        zeros.append(sum("0" in completion for _, _, completion in rows) / 400)
+    early = int(10 * sft.LEARN)
+    assert zeros[:early] == [0] * early
+    assert all(abs(share - sft.SHARES["lazy"]) < 0.1 for share in zeros[early:])
+
+
+# ---- the tokenizer -------------------------------------------------------------------------------
+
+
+@given(st.text())
+def test_any_text_survives_the_tokenizer(text):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("name", sft.DEMONSTRATORS)
+def test_prompts_and_right_answers_are_short_for_the_embedded_tokenizer(name, tokenizer):
+    rng = random.Random(0)
+    for split in ("val", "test"):
+        rows = [sft.demonstrate(problem, "right", rng) for problem in TASKS[name].load(split)]
+        assert sft.longest(tokenizer, rows, C=24) <= 45
+        _, prompt, completion = rows[0]
+        for text in (prompt, completion):
+            assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_each_digit_is_a_token_of_its_own(tokenizer):
+    assert len(tokenizer("31415926535897932384")["input_ids"]) == 20
+
+
+# ---- the objective -------------------------------------------------------------------------------
+
+
+def test_a_completion_is_filled_with_end_tokens_and_a_prompt_is_padded_on_the_left(tokenizer):
+    c = model.parse_config(json.loads((TINY / "config.json").read_text()))
+    rows = [("sudoku", "ab", "12"), ("sudoku", "one two three", "4")]
+    P = sft.longest(tokenizer, rows, C=5)
+    ids_NL, real_NL = sft.encode(tokenizer, rows, P, 5, c)
+    for (_, prompt, completion), ids, real in zip(rows, ids_NL.tolist(), real_NL.tolist()):
+        pad = real.count(False)
+        assert ids[:pad] == [c.pad_id] * pad and real == sorted(real)
+        assert tokenizer.decode(ids[pad:P]) == prompt + "\n"
+        ends = 5 - len(completion)
+        assert tokenizer.decode(ids[P:-ends]) == completion and ids[-ends:] == [c.eos_id] * ends
+
+
+def test_ratios_are_spread_over_the_batch_and_hide_that_share_of_the_tokens():
+    torch.manual_seed(0)
+    token_NC = torch.full((8, 4000), 5)
+    shown_NC, hidden_NC, ratio_N1 = sft.hide(token_NC, mask_id=1)
+    assert ((ratio_N1[:, 0] * 8).long() == torch.arange(8)).all()
+    assert torch.allclose(hidden_NC.float().mean(1), ratio_N1[:, 0], atol=0.03)
+    assert ((shown_NC == 1) == hidden_NC).all() and (shown_NC[~hidden_NC] == 5).all()
+
+
+def test_the_loss_is_the_hidden_tokens_nll_over_their_ratio():
+    torch.manual_seed(0)
+    logits_NCV, token_NC = torch.randn(6, 4, 9), torch.randint(0, 9, (6, 4))
+    nll_NC = -logits_NCV.log_softmax(-1).gather(2, token_NC[..., None])[..., 0]
+    _, hidden_NC, ratio_N1 = sft.hide(token_NC, mask_id=9)
+    want = 0.0
+    for n in range(6):
+        for c in range(4):
+            if hidden_NC[n, c]:
+                want += nll_NC[n, c].item() / ratio_N1[n].item() / 24
+    got = sft.diffusion_loss(logits_NCV, token_NC, hidden_NC, ratio_N1).item()
+    assert got == pytest.approx(want)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_a_given_model_learns_given_rows_and_is_a_model_again(tmp_path, toy):
+    rows = [{"prompt": word, "completion": word[::-1]} for word in ("abc", "xyz", "mno", "tuv")]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows * 8)))
+    out = tmp_path / "out"
+    done = run("--model", toy, "--data", file, "--out", out, "--steps", 150, "--batch", 16,
+               "--C", 6, "--warmup", 5, "--lr", 1e-2, "--no-compile")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("step")]
+    losses = [float(line.split("loss")[1].split()[0]) for line in lines]
+    assert losses[-1] < 0.2 < 2 < losses[0]
+    assert "left" in lines[0] and (out / "training.log").read_text() == done.stdout
+
+    net, tokenizer = model.load(out), AutoTokenizer.from_pretrained(out)
+    c = net.config
+    ids_NL, real_NL = sft.encode(tokenizer, [("data", "xyz", "zyx")], 4, 6, c)
+    hidden_NL = ids_NL.clone()
+    hidden_NL[:, 4:] = c.mask_id
+    said = net(hidden_NL, real_NL)[:, 4:].argmax(-1)
+    assert said.tolist() == ids_NL[:, 4:].tolist()
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--steps 0", "--task chess", "--task", "--lr nan", "--lr -1", "--steps many", "--bogus 1",
+     "--data nowhere.jsonl", "--model nowhere/at/all", "--lora-r 8", "--batch 0", "--C 5"],
+)  # fmt: skip
+def test_a_bad_command_line_is_one_line_and_code_2(words, tmp_path, capsys):
+    assert sft.main([*words.split(), "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("sft: ") and len(told.err.strip().splitlines()) == 1
+    assert words.split()[0] in told.err or words == "--model nowhere/at/all"
+
+
+def test_a_row_without_a_completion_is_named_by_its_line_and_the_process_exits_with_2(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    done = run("--data", file, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "line 2" in done.stderr
+
+
+# ---- tiny/ ---------------------------------------------------------------------------------------
+
+
+def test_the_embedded_model_is_small_and_says_how_it_was_made():
+    assert sum(file.stat().st_size for file in TINY.iterdir()) <= 6e6
+    assert (TINY / "training.log").read_text().startswith("python sft.py --task")
+
+
+@pytest.mark.parametrize("name", sft.DEMONSTRATORS)
+def test_greedy_decoding_of_the_embedded_model_solves_little_but_sampling_finds_answers(name):
+    cfg = egspo.Config(task=name, model="tiny", **egspo.SMALL)
+    net, tokenizer = model.load(TINY), AutoTokenizer.from_pretrained(TINY)
+    never_V = egspo.never_emitted(net, tokenizer)
+    net.register_buffer("never_V", never_V, persistent=False)
+    problems = TASKS[name].load("val")[:64]
+    P = egspo.prompt_length(cfg, problems, tokenizer)
+    prompts = egspo.encode(problems, tokenizer, P, net.config.pad_id)
+
+    def solved(noise):
+        roll = egspo.rollout(net, *prompts, cfg, noise)
+        answers = egspo.texts(roll.token_NC, tokenizer, net.config.eos_id)
+        return torch.tensor([r.correct for r in TASKS[name].rewards(answers, problems)])
+
+    assert solved(None).float().mean() <= 0.2
+    noise = [egspo.uniform((cfg.T, 2, cfg.block), range(64), seed) for seed in range(4)]
+    assert torch.stack([solved(u) for u in noise]).float().mean() >= 0.1
