@@ -113,6 +113,7 @@ class Replay(Tail):
 
 STAMP = re.compile(rb'"ts":\s*([\d.]+)')
 SAMPLE = re.compile(rb'"it":\s*(\d+),\s*"s":\s*(\d+)')
+GROUP = re.compile(rb'"it":\s*(\d+),\s*"p":\s*(\d+)')
 
 
 def stamp(line: bytes) -> float:
@@ -155,6 +156,7 @@ class Run:
     rows: dict[int, int] = field(default_factory=dict)  # it -> samples in that iteration
     evals: dict[int, dict] = field(default_factory=dict)
     samples: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)  # it -> s -> place
+    groups: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)  # it -> prompt -> place
     alerts: list[tuple[int, str, str]] = field(default_factory=list)  # it, level, message
     rollout: list[bytes] = field(default_factory=list)  # `denoise` lines since the last `step`
     phase: str = ""
@@ -178,6 +180,9 @@ class Run:
             elif line.startswith((b'{"e":"sample"', b'{"e": "sample"')) and line.endswith(b"}"):
                 it, s = SAMPLE.search(line).groups()
                 self.samples.setdefault(int(it), {})[int(s)] = offset, len(line)
+            elif line.startswith((b'{"e":"group"', b'{"e": "group"')) and line.endswith(b"}"):
+                it, p = GROUP.search(line).groups()
+                self.groups.setdefault(int(it), {})[int(p)] = offset, len(line)
             else:
                 self.apply(json.loads(line))
             self.recent.append(line)
@@ -223,7 +228,7 @@ class Run:
         """The run starts again at `it`: what was logged from there on is void."""
         for series in self.series.values():
             series.cut(it)
-        for record in (self.entropy, self.chosen, self.rows, self.samples):
+        for record in (self.entropy, self.chosen, self.rows, self.samples, self.groups):
             for key in [key for key in record if key >= it]:
                 del record[key]
         self.evals = {key: value for key, value in self.evals.items() if key <= it}  # made at its start
@@ -286,7 +291,8 @@ class Sample:
     x0: list = field(default_factory=list)  # that completion, token by token
     rw: dict = field(default_factory=dict)  # reward by part
     reward: float | None = None
-    correct: bool | None = None
+    ok: bool | None = None  # correct
+    len: int = 0
     gold: object = None
     pred: object = None
     eos: int = 0  # end tokens cut from the tail of tok
@@ -309,9 +315,10 @@ class Sample:
         parts = {name: number(value) for name, value in sample.rw.items()}
         if sample.reward is None:
             sample.reward = parts.get("reward", parts.get("total", sum(parts.values())))
-        if sample.correct is None:
+        if sample.ok is None:
             known = [parts[name] for name in ("correct", "solved", "passed") if name in parts]
-            sample.correct = known[0] >= 1 if known else None
+            sample.ok = known[0] >= 1 if known else None
+        sample.len = sample.len or sample.decoded
         return sample
 
     @property
@@ -364,26 +371,40 @@ class Log:
             self.pictures[key] = make()
         return self.pictures[key]
 
-    def sample(self, it: int, s: int) -> Sample | None:
-        """A trajectory, read from the file now; None if it cannot be."""
-        place = self.run.samples.get(it, {}).get(s)
+    def event(self, place: tuple[int, int] | None, parse: Callable) -> object:
+        """What `parse` makes of a line of the file, read now; None if there is no such event."""
         if place and place not in self.parsed:
             if len(self.parsed) > 64:
                 self.parsed.clear()
             try:
                 with open(self.path, "rb") as file:
-                    line = os.pread(file.fileno(), place[1], place[0])
-                self.parsed[place] = Sample.parse(line, self.run.size("T"))
+                    self.parsed[place] = parse(os.pread(file.fileno(), place[1], place[0]))
             except (OSError, ValueError, TypeError, AttributeError):
                 self.parsed[place] = None
         return self.parsed[place] if place else None
+
+    def sample(self, it: int, s: int) -> Sample | None:
+        """The trajectory of row s of an iteration."""
+        T = self.run.size("T")
+        return self.event(self.run.samples.get(it, {}).get(s), lambda line: Sample.parse(line, T))
+
+    def group(self, sample: Sample) -> list[Sample]:
+        """All that is known of the samples that share a sample's prompt; of some only the text."""
+        rows = [self.sample(sample.it, s) for s in sorted(self.run.samples[sample.it])]
+        known = {row.g: row for row in rows if row and row.p == sample.p}
+        event = self.event(self.run.groups.get(sample.it, {}).get(sample.p), json.loads) or {}
+        for g, text in enumerate(event.get("text") or []):
+            reward = number((event.get("rw") or [])[g : g + 1] and event["rw"][g])
+            known.setdefault(g, Sample(sample.it, sample.s - sample.g + g, sample.p, g, tok=[str(text)],
+                                       rev=[0], tent=[0], reward=reward))
+        return [known[g] for g in sorted(known)]
 
     def brief(self, it: int, s: int) -> tuple[float, int, str]:
         """(reward, length, text) of a sample, to sort and filter them all."""
         place = self.run.samples[it][s]
         if place not in self.briefs:
             sample = self.sample(it, s) or Sample(reward=math.nan)
-            self.briefs[place] = sample.reward, sample.decoded, "".join(sample.tok)
+            self.briefs[place] = sample.reward, sample.len, "".join(sample.tok)
         return self.briefs[place]
 
     def status(self) -> tuple[str, float]:
@@ -436,9 +457,9 @@ DARK = dict(bg="#0f1116", fg="#d8dbe0", dim="#7c828d", line="#323742", bar="#181
 LIGHT = dict(bg="#fbfbf8", fg="#22262c", dim="#686e78", line="#c6cad0", bar="#eceef0",
              sky="#0b6fb0", orange="#a85800", teal="#007a68", mark="#6a1b80", mask="#8d939d",
              veil="#edeff1")
-NAMES = "bars tl h tr v bl br sel maybe eval bad dot mask yes no edge done todo here full new sep nl"
-UNICODE = "▁▂▃▄▅▆▇█ ╭ ─ ╮ │ ╰ ╯ ▲ △ ◆ × · ░ ✓ ✗ ┤ ━ ─ ▸ █ ◆ · ↵"
-ASCII = "..::||## + - + | + + ^ ~ o x . : + - | = - > # @ | \\"
+NAMES = "bars tl h tr v bl br sel maybe eval bad dot mask yes no edge done todo here full new sep nl eos"
+UNICODE = "▁▂▃▄▅▆▇█ ╭ ─ ╮ │ ╰ ╯ ▲ △ ◆ × · ░ ✓ ✗ ┤ ━ ─ ▸ █ ◆ · ↵ ∎"
+ASCII = "..::||## + - + | + + ^ ~ o x . : + - | = - > # @ | \\ $"
 GLYPHS = {kind: dict(zip(NAMES.split(), glyphs.split())) for kind, glyphs in
           (("braille", UNICODE), ("block", UNICODE), ("ascii", ASCII))}
 STATUS = {"live": "●*teal", "finished": "■#teal", "stopped": "▪#sky", "quiet": "◌oorange",
@@ -566,7 +587,8 @@ def num(value: float | None) -> str:
     if not math.isfinite(value) or not size:
         return f"{value:g}"
     if not 1e-3 <= size < 1e5:
-        return re.sub(r"e([+-])0?", r"e\1", f"{value:.1e}").replace("+", "")
+        text = f"{value:.1e}" if value > 0 else f"{value:.0e}"
+        return re.sub(r"e([+-])0?", r"e\1", text).replace("+", "")
     digits = 0 if size >= 100 else 1 if size >= 10 else 2
     return f"{value:.{digits}f}" if size >= 0.1 else f"{value:.2g}"
 
@@ -579,8 +601,11 @@ def span(seconds: float) -> str:
         minutes) else f"{rest}s"
 
 
-def clean(text: str) -> str:
-    """Text in which every character has a known width; newlines stay."""
+def clean(text: str, look: Look | None = None) -> str:
+    """Text in which every character has a known width; newlines stay. With a look it is a token,
+    and a special one (<|endoftext|>) becomes one character."""
+    if look and re.fullmatch(r"<\|[^|]*\|>", text):
+        return look("eos")
     if text.isascii() and text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else " " if c.isspace() else ""
@@ -593,8 +618,10 @@ def finite(values: Iterable[float]) -> list[float]:
 
 def nice(low: float, high: float, ticks: int) -> tuple[float, float, float]:
     """Round bounds around a range and the step between ticks; being round, they seldom move."""
-    if not high > low:
-        low, high = low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5)
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-9 * max(size, 1e-9):  # a constant
+        room = 0.1 * size if size > 1e-9 else 0.5
+        low, high = low - room, high + room
     raw = (high - low) / max(1, ticks)
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
@@ -639,7 +666,7 @@ def strip(entropy: Sequence[float], T: int, width: int, height: int, look: Look,
         value = max(finite(seen), default=math.nan)
         heights.append(max(1, round(value / high * bars * 8)) if value == value else 0)
         colours.append(look.heat(value / high, 0.12) + (f" on {look.line}" if t in steps else ""))
-        feet.append((look("bad"), look.orange) if seen else (look("dot"), look.mask))
+        feet.append((look("bad"), look.orange) if math.inf in seen else (look("dot"), look.mask))
     rows: list[Row] = []
     for r in range(bars):
         label = num(high) if r == 0 else "0" if r == bars - 1 else ""
@@ -647,7 +674,7 @@ def strip(entropy: Sequence[float], T: int, width: int, height: int, look: Look,
         row = [(f"{label:>{left - 2}}  ", look.dim)] if left else []
         for size, colour, foot in zip(heights, colours, feet):
             glyph = look("bars")[min(8, size - below) - 1] if size > below else " "
-            if not size and r == bars - 1:  # not decoded yet, or not a number
+            if not size and r == bars - 1:  # no sample was, or is yet, at this step
                 glyph, colour = foot
             row += [(glyph * wide, colour), (" " * (pitch - wide), "")]
         rows.append(row)
@@ -783,7 +810,7 @@ def chart(curves: Sequence[Curve], width: int, height: int, look: Look, *, log: 
     for i in range(round((high - low) / tick) + 1):
         value = low + i * tick
         short = log or digits > 4 or abs(high) >= 1e5
-        ticks[down(value) // canvas.dy] = num(10**value if log else value) if short else f"{value:.{digits}f}"
+        ticks[down(value) // canvas.dy] = num(10.0 ** min(300, value) if log else value) if short else f"{value:.{digits}f}"
     names: dict[int, Curve] = {}
     for curve in sorted(named, key=lambda c: -finite(c.values)[-1]):
         y = down(finite(curve.values)[-1]) // canvas.dy
@@ -868,13 +895,13 @@ def prose(sample: Sample, t: int, width: int, height: int, look: Look, colour: s
     x = focus = 0
     for i, token in enumerate(sample.at(t)):
         if token is not None:
-            body, style = clean(token), token_style(sample, i, t, look, colour)
+            body, style = clean(token, look), token_style(sample, i, t, look, colour)
         elif sample.rev[i] >= sample.T and not sample.live:
             continue  # the row had ended: this position was never decoded
         elif i < len(guess):
-            body, style = clean(str(guess[i])), f"italic {look.sky} on {look.veil}"
+            body, style = clean(str(guess[i]), look), f"italic {look.sky} on {look.veil}"
         else:
-            body = re.sub(r"[^\n]", look("mask").replace("\\", ""), clean(sample.tok[i])) or look("mask") * 2
+            body = re.sub(r"[^\n]", look("mask").replace("\\", ""), clean(sample.tok[i], look)) or look("mask") * 2
             style = f"{look.mask} on {look.veil}"
         for k, piece in enumerate(body.split("\n")):
             size = cell_len(piece)
@@ -916,14 +943,18 @@ def mosaic(sample: Sample, t: int, width: int, height: int, look: Look, size: in
     return block(rows[max(0, min(focus - height // 2, len(rows) - height)) :], width, height)
 
 
-def token_widths(sample: Sample) -> list[int]:
-    return [max(1, cell_len(clean(token).replace("\n", "+"))) for token in sample.tok]
+def one_line(token: str, look: Look) -> str:
+    return clean(token, look).replace("\n", look("nl"))
+
+
+def token_widths(sample: Sample, look: Look) -> list[int]:
+    return [max(1, cell_len(one_line(token, look))) for token in sample.tok]
 
 
 def film(sample: Sample, t: int, width: int, height: int, look: Look, colour: str = "step",
          guess: bool = False) -> list[Row]:
     """All steps of a short completion under one another: a row a step, a column a position."""
-    widths, rows, last = token_widths(sample), [], len(sample.ent) if sample.live else sample.T
+    widths, rows, last = token_widths(sample, look), [], len(sample.ent) if sample.live else sample.T
     gap = " " * (sum(widths) + len(widths) + 44 <= width)
     for when in range(last):
         k = sample.sel.index(when) if when in sample.sel else -1
@@ -939,7 +970,7 @@ def film(sample: Sample, t: int, width: int, height: int, look: Look, colour: st
             else:
                 never = sample.rev[i] >= sample.T and not sample.live
                 body, style = (" " if never else look("mask")) * widths[i], f"{look.mask} on {look.veil}"
-            row += [(set_cell_size(clean(body).replace("\n", look("nl")), widths[i]), style), (gap, "")]
+            row += [(set_cell_size(one_line(body, look), widths[i]), style), (gap, "")]
         rows.append(row + [("  ", "")] + credit(sample, k, look))
     top = max(0, min(t - height // 2, last - height))
     return block(rows[top:], width, height)
@@ -1025,7 +1056,7 @@ def header(view: View, log: Log, width: int) -> Row:
     if left is None and seconds and iters:
         left = (iters - run.done) * seconds
     live = run.live() if going else None
-    phase = f"{run.phase} {len(live.ent)}/{live.T}" if live else run.phase
+    phase = f"rollout {len(live.ent)}/{live.T}" if live and run.phase == "rollout" else run.phase
     sign = plain_glyph if look.glyphs == "ascii" else glyph
     parts = [[(f" {sign} {state}", f"bold {getattr(look, ''.join(colour))}")],
              [(log.name, f"bold {look.fg}")]]
@@ -1179,12 +1210,12 @@ def trajectory(view: View, log: Log, sample: Sample | None, width: int, height: 
     look = view.look
     if sample is None:
         return panel("denoising", "no sample logged yet", width, height, look)
-    t, sep, short = step_of(view, sample), look("sep"), sum(token_widths(sample)) + 10 <= width
+    t, sep, short = step_of(view, sample), look("sep"), sum(token_widths(sample, look)) + 10 <= width
     shown = sum(sample.rev[i] <= t for i in range(len(sample.rev)))
     head = [(f"it {sample.it} {sep} prompt {sample.p} {sep} sample {sample.s}   ", f"bold {look.fg}")]
     if sample.reward is not None:
-        sign = {True: look("yes") + " ", False: look("no") + " "}.get(sample.correct, "")
-        head.append((f"{sign}reward {num(sample.reward)}   ", look.teal if sample.correct else look.orange))
+        sign = {True: look("yes") + " ", False: look("no") + " "}.get(sample.ok, "")
+        head.append((f"{sign}reward {num(sample.reward)}   ", look.teal if sample.ok else look.orange))
     entropy = num(sample.ent[t]) if 0 <= t < len(sample.ent) else "-"
     tokens = f"{shown}/{len(sample.rev) if sample.live else sample.decoded} tokens"
     head.append((f"step {t}/{sample.T - 1}   {tokens}   H {entropy}", look.dim))
@@ -1315,15 +1346,15 @@ def samples_view(view: View, logs: Sequence[Log], width: int, height: int) -> li
         rows = [[(f"  {'it':>5} {'prompt':>6} {'g':>3}   {'reward':>7} {'adv':>6} {'len':>4}  ", look.dim)]]
         for key in keys[max(0, min(at - h // 2, len(keys) - h + 1)) :][: h - 1]:
             sample = log.sample(*key) or Sample(*key)
-            sign = {True: look("yes"), False: look("no")}.get(sample.correct, "")
+            sign = {True: look("yes"), False: look("no")}.get(sample.ok, "")
             adv = finite(map(number, sample.adv))
             adv = num(statistics.fmean(adv)) if adv else "-"
             parts = " ".join(f"{name} {num(number(value))}" for name, value in sample.rw.items())
             style = f"bold {look.fg}" if key == here else look.dim
             rows.append([(f"{look('here') if key == here else ' '} ", look.sky),
                          (f"{sample.it:>5} {sample.p:>6} {sample.g:>3} ", style),
-                         (f"{sign:>1} {num(sample.reward):>7}", look.teal if sample.correct else look.orange),
-                         (f" {adv:>6} {sample.decoded:>4}  {parts}  ", style),
+                         (f"{sign:>1} {num(sample.reward):>7}", look.teal if sample.ok else look.orange),
+                         (f" {adv:>6} {sample.len:>4}  {parts}  ", style),
                          (" ".join(clean("".join(sample.tok)).split()), style)])
         return rows if keys else [[("no sample", look.dim)]]
 
@@ -1331,8 +1362,7 @@ def samples_view(view: View, logs: Sequence[Log], width: int, height: int) -> li
     sample = log.sample(*here) if here else None
     if not below or sample is None:
         return rows
-    same = [log.sample(here[0], s) for s in sorted(log.run.samples[here[0]])]
-    same = [other for other in same if other and other.p == sample.p]
+    same = log.group(sample)
     shown = same[max(0, same.index(sample) - 3) :][: max(1, min(4, width // 30))]
     columns = []
     for i, other in enumerate(shown):
