@@ -666,8 +666,8 @@ def same_math(found: str, gold: str) -> bool:
 
 
 class Algebra:
-    """math-verify in a process of its own. Its own time limit is a signal, which works neither off
-    the main thread nor inside one operation on huge numbers; a process can always be killed."""
+    """math-verify in a process of its own: the signals that limit its time work in no other thread
+    than the main one, and some of what it is asked ends only when its process is killed."""
 
     cpu_s, wall_s = 0.5, 5.0  # of one comparison: the first decides, the second is the backstop
 
@@ -696,10 +696,13 @@ class Algebra:
                         return reply == b"1\n"
             except BrokenPipeError:
                 pass
-            self.process.kill()
-            self.process.communicate()
+            self.close()
             self.start()
             return False
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()  # reaps it and closes its pipes
 
     @staticmethod
     def serve() -> None:
@@ -735,7 +738,9 @@ class Algebra:
 @lru_cache(maxsize=None)
 def algebra() -> Algebra:
     """This process's one, started when the first two answers are compared."""
-    return Algebra()
+    server = Algebra()
+    atexit.register(server.close)
+    return server
 
 
 # ---- humaneval, mbpp, kodcode: programs, judged by the sandbox -----------------------------------
@@ -834,7 +839,7 @@ def mbpp_build(row: dict) -> tuple[str, dict]:
 
 def kodcode_build(row: dict) -> tuple[str, dict]:
     """The tests are the test functions of a pytest file; one with arguments or decorators is left
-    out, since it needs pytest itself. Unusable: no test is left, or a module is not Python's own."""
+    out, it needs pytest itself. Unusable: no test is left, or a module is not Python's own."""
     code, test, tests, setup = text_of(row, "solution"), text_of(row, "test"), [], []
     for node in parse(test).body:
         if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test"):

@@ -2,8 +2,9 @@
 
     python bench/scoring.py DIR > bench/scoring.md
 
-DIR holds raw outputs of a model (rows of question, completion, answer) as gsm8k*.jsonl, math*.jsonl,
-countdown*.jsonl and sudoku*.jsonl. Writes one Markdown table: the differing items by cause.
+DIR holds raw outputs of a model (rows of question, completion, answer) as gsm8k*.jsonl,
+math*.jsonl, countdown*.jsonl and sudoku*.jsonl. Writes one Markdown table: the differing items by
+cause.
 """
 
 import sys
@@ -22,7 +23,8 @@ def cause(task: str, text: str, answer: Any, ours_more: bool) -> str:
     if task == "sudoku" and not ours_more:
         return "digits outside the <answer> tag are taken"
     if task == "sudoku":
-        signs = data.published_sudoku(text, answer) < data.published_sudoku(digits_only(text), answer)
+        bare = data.published_sudoku(digits_only(text), answer)
+        signs = bare > data.published_sudoku(text, answer)
         return "signs between the digits shift them" if signs else "another solution fits better"
     if task == "countdown":
         return "an expression before the final answer is taken"

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -324,17 +325,17 @@ def test_algebra_works_off_the_main_thread_and_a_comparison_that_hangs_is_given_
 
     def work():
         results.append(algebra.same("x + x", "2x"))
-        results.append(algebra.same("9^{9^{9^{9}}}", "1"))  # inside one big-number power
+        results.append(algebra.same("9^{9^{9^{9}}}", "1"))  # would take forever
         results.append(algebra.same("x + x", "2x"))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join(60)
     assert results == [True, False, True]
-    algebra.process.kill()
-    assert algebra.same("x + x", "2x") is False and algebra.same("x + x", "2x") is True
-    algebra.process.kill()
-    algebra.process.communicate()
+    for stop in (signal.SIGKILL, signal.SIGSTOP):  # dead, or stuck where no timer reaches
+        os.kill(algebra.process.pid, stop)
+        assert algebra.same("x + x", "2x") is False and algebra.same("x + x", "2x") is True
+    algebra.close()
 
 
 # ---- programs ------------------------------------------------------------------------------------
@@ -567,7 +568,7 @@ def test_the_compatible_scorer_reproduces_the_published_row(name, file, expected
 def test_scoring_prints_one_line_and_cuts_completions_at_the_end_token(tmp_path):
     rows = [
         {"question": "?", "completion": "<answer>\\boxed{1,000}<|eot_id|> 7", "answer": 1000.0},
-        {"question": "?", "completion": "it is 7<|eot_id|>", "answer": "#### 7"},
+        {"question": "?", "completion": "it is 7<|eot_id|>8", "answer": "#### 7"},
         {"question": "?", "completion": "it is 7", "answer": None},
     ]
     file = tmp_path / "outputs.jsonl"
