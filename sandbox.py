@@ -1,8 +1,8 @@
 """Did this untrusted program pass these tests?
 
     with Sandbox(workers=2, cpu_s=5, wall_s=10) as box:
-        verdicts = box.run([dict(code="def f(x): return x + 1", names=["f"], before="import math",
-                                 setup="", tests=["assert f(1) == 2", "assert math.isclose(f(.5), 1.5)"])])
+        (verdict,) = box.run([dict(code="def f(x): return x + 1", names=["f"], before="", setup="",
+                                   tests=["assert f(1) == 2", "assert f(-1) == 0"])])
 
 The program was written by a policy that is rewarded for passing, so it lies wherever a lie pays. It
 never shares an interpreter with its tests, and only plain data crosses between the two:
@@ -202,10 +202,14 @@ class Program:
     the test does with the exception."""
 
     def __init__(self, link: int) -> None:
-        self.link, self.dead, self.standins = link, "", {}
+        self.link, self.dead = link, ""
+        self.standins: dict[int, Standin] = {}
+        self.sizes: dict[tuple[int, str], int] = {}  # shown since the program last ran
 
     def ask(self, operation: str, *args: object) -> object:
         request = [operation, encode(list(args), self.handle)]
+        if operation in ("call", "set", "put"):
+            self.sizes.clear()
         try:
             if self.dead:
                 raise EOFError
@@ -227,6 +231,15 @@ class Program:
         if type(n) is not int:
             raise ValueError
         return self.standins.setdefault(n, Standin(self, n))
+
+    def check_size(self, n: int, how: str, size: int) -> int:
+        """An object of three items by `len` and none by iteration would pass a test that compares
+        them with `zip`."""
+        self.sizes[n, how] = size
+        if self.sizes.get((n, "len"), size) != self.sizes.get((n, "iter"), size):
+            self.dead = "the length and the items of an object disagree"
+            raise RuntimeError(self.dead)
+        return size
 
     def handle(self, x: object) -> dict:
         if type(x) is Standin:
@@ -274,13 +287,23 @@ class Standin:
             raise AttributeError(name)
         return self.__program.ask("get", self, name)
 
+    def __len__(self):
+        return self.__program.check_size(self.__n, "len", self.__program.ask("len", self))
+
+    def __iter__(self):
+        iterator, size = self.__program.ask("iter", self), 0
+        with contextlib.suppress(StopIteration):
+            while True:
+                item = self.__program.ask("next", iterator)
+                size += 1
+                yield item
+        self.__program.check_size(self.__n, "iter", size)
+
     __setattr__ = asks("set")
     __getitem__ = asks("item")
     __setitem__ = asks("put")
     __instancecheck__ = asks("isinstance")
-    __iter__ = asks("iter")
     __next__ = asks("next")
-    __len__ = asks("len")
     __str__ = asks("str")
     __repr__ = asks("repr")
     __bool__ = asks("bool")
@@ -291,7 +314,8 @@ def judge(link: int, pulse: int, trainer: int) -> None:
     job = receive(trainer)
     os.write(pulse, b"r")
     program = Program(link)
-    space = {"__name__": "tests"}
+    known = {k: v for k, v in vars(builtins).items() if k not in job["names"]}  # `max` may be one
+    space = {"__name__": "tests", "__builtins__": known}
     why = ""
 
     def passes(step: str, do: Callable, *args: object) -> bool:
@@ -429,12 +453,13 @@ def close_locks(locks: tuple[Callable, ...], cfg: dict) -> list[str]:
 # ---- zygote: forks a worker and a judge for each job ---------------------------------------------
 
 MODULES = """
-argparse array ast base64 bisect calendar cmath collections.abc contextlib copy csv dataclasses
-datetime decimal difflib enum fractions functools hashlib heapq html inspect io ipaddress itertools
-logging mmap numbers pprint random re secrets statistics string tempfile textwrap timeit tokenize
-traceback typing unicodedata unittest uuid zlib _strptime encodings.ascii encodings.cp1252
-encodings.hex_codec encodings.idna encodings.latin_1 encodings.rot_13 encodings.utf_8_sig
-encodings.utf_16 encodings.utf_16_be encodings.utf_16_le encodings.utf_32
+argparse array ast base64 bisect calendar cmath collections.abc concurrent.futures contextlib copy
+csv dataclasses datetime decimal difflib enum fractions functools gzip hashlib heapq html inspect io
+ipaddress itertools logging mmap numbers pathlib pickle pprint random re secrets statistics string
+tempfile textwrap timeit tokenize traceback typing unicodedata unittest urllib.parse uuid weakref
+zlib _strptime encodings.ascii encodings.cp1252 encodings.hex_codec encodings.idna
+encodings.latin_1 encodings.rot_13 encodings.utf_8_sig encodings.utf_16 encodings.utf_16_be
+encodings.utf_16_le encodings.utf_32
 """  # imported beforehand: behind the locks no file can be opened
 
 
@@ -553,7 +578,7 @@ class Slot:
             if not chunk:
                 raise EOFError("the zygote is gone")
             line += chunk
-        return line[:-1].decode()
+        return line[:-1].decode("ascii", "replace")
 
     def stop(self, seconds: float) -> None:
         """Hang up, which ends a healthy zygote and what it forked; after `seconds`, kill them."""

@@ -133,6 +133,22 @@ class Node:
     assert not any(check(box, code, *wrong, names=["Node"], setup=setup)["ok"])
 
 
+def test_an_object_whose_length_and_items_disagree_fails_the_test(box):
+    code = """
+class Sly:
+    def __init__(self, items): self.items = items
+    def __len__(self): return len(self.items) or 3
+    def __iter__(self): return iter(self.items)
+    def push(self, x): self.items.append(x)
+def f(n): return Sly(list(range(n)))
+"""
+    zipped = "r = f({})\nassert len(r) == 3\nfor got, want in zip(r, [0, 1, 2]):\n    assert got == want"
+    after = "r = f({})\nfor got, want in zip(r, [0, 1, 2]):\n    assert got == want\nassert len(r) == 3"
+    honest = "r = f(2)\nassert list(r) == [0, 1]\nr.push(2)\nassert len(r) == 3 and list(r) == [0, 1, 2]"
+    for test, ok in (zipped.format(0), False), (after.format(0), False), (after.format(3), True), (honest, True):
+        assert check(box, code, test)["ok"] == [ok]
+
+
 def test_iterators_and_builtins_can_be_handed_to_the_program(box):
     code = "def f(items, key=None): return sorted(items, key=key)\ndef g(n):\n yield from range(n)"
     tests = ["assert f(iter([2, 1])) == [1, 2]", "assert f((x for x in 'ba'), key=str) == ['a', 'b']",
@@ -191,7 +207,7 @@ def test_verdicts_come_in_the_order_of_the_jobs(box):
 
 
 def humaneval(body=None):
-    for line in gzip.open(DATA / "HumanEval.jsonl.gz", "rt"):
+    for line in gzip.decompress((DATA / "HumanEval.jsonl.gz").read_bytes()).splitlines():
         row = json.loads(line)
         name = row["entry_point"]
         code = row["prompt"] + (body or row["canonical_solution"])
@@ -199,7 +215,7 @@ def humaneval(body=None):
 
 
 def mbpp(wrong=False):
-    for line in open(DATA / "mbpp.jsonl"):
+    for line in (DATA / "mbpp.jsonl").read_bytes().splitlines():
         row = json.loads(line)
         tree = ast.parse(row["code"])
         tests = [row["test_setup_code"], *row["test_list"]]
@@ -225,6 +241,7 @@ def test_all_references_of_humaneval_pass_and_no_program_that_returns_none():
 
 @needs_data
 @linux
+@pytest.mark.filterwarnings("ignore::SyntaxWarning", "ignore::DeprecationWarning")  # odd escapes
 @pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_references_of_mbpp_pass_and_no_program_that_returns_none(every):
     assert solved(itertools.islice(mbpp(), 0, None, every)) == math.ceil(974 / every)
@@ -256,6 +273,8 @@ def test_reasons_are_short_and_printable(box):
 def test_a_name_the_program_lacks_is_not_answered_by_the_prompt(box):
     verdict = check(box, "def g(x): return 1", "assert not f(1)", before="def f(x):\n    'stub'")
     assert verdict["ok"] == [False]
+    verdict = check(box, "", "assert max([1, 2]) == 2", "assert min([1, 2]) == 1", names=["max"])
+    assert verdict["ok"] == [False, True]  # nor by a builtin of that name
 
 
 def test_a_helper_of_the_prompt_is_the_prompts_and_not_the_programs(box):
