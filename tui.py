@@ -458,7 +458,7 @@ LIGHT = dict(bg="#fbfbf8", fg="#22262c", dim="#686e78", line="#c6cad0", bar="#ec
              sky="#0b6fb0", orange="#a85800", teal="#007a68", mark="#6a1b80", mask="#8d939d",
              veil="#edeff1")
 NAMES = "bars tl h tr v bl br sel maybe eval bad dot mask yes no edge done todo here full new sep nl eos"
-UNICODE = "▁▂▃▄▅▆▇█ ╭ ─ ╮ │ ╰ ╯ ▲ △ ◆ × · ░ ✓ ✗ ┤ ━ ─ ▸ █ ◆ · ↵ ∎"
+UNICODE = "▁▂▃▄▅▆▇█ ╭ ─ ╮ │ ╰ ╯ ▲ △ ◆ × · ░ ✓ ✗ ┤ ━ ─ ▸ █ ◆ · ↵ ◦"
 ASCII = "..::||## + - + | + + ^ ~ o x . : + - | = - > # @ | \\ $"
 GLYPHS = {kind: dict(zip(NAMES.split(), glyphs.split())) for kind, glyphs in
           (("braille", UNICODE), ("block", UNICODE), ("ascii", ASCII))}
@@ -702,7 +702,7 @@ def spark(values: Sequence[float], width: int, look: Look) -> Row:
             row.append((look("bad"), look.orange))
         else:
             x = (sum(group) / len(group) - low) / (high - low) if high > low else 0.3
-            row.append((look("bars")[round(7 * x)], look.sky))
+            row.append((look("bars")[round(6 * x)], look.sky))
     return fit(row, width)
 
 
@@ -811,12 +811,10 @@ def chart(curves: Sequence[Curve], width: int, height: int, look: Look, *, log: 
         value = low + i * tick
         short = log or digits > 4 or abs(high) >= 1e5
         ticks[down(value) // canvas.dy] = num(10.0 ** min(300, value) if log else value) if short else f"{value:.{digits}f}"
-    names: dict[int, Curve] = {}
-    for curve in sorted(named, key=lambda c: -finite(c.values)[-1]):
-        y = down(finite(curve.values)[-1]) // canvas.dy
-        free = [row for row in range(h) if row not in names]
-        if free:
-            names[min(free, key=lambda row: (abs(row - y), -row))] = curve
+    names: dict[int, Curve] = {}  # by row; highest first, moved apart where they would collide
+    for i, curve in enumerate(sorted(named, key=lambda c: -finite(c.values)[-1])):
+        wanted = max(down(finite(curve.values)[-1]) // canvas.dy, max(names, default=-1) + 1)
+        names[min(wanted, h - len(named) + i)] = curve
     rows = []
     for y in range(h):
         rail = look("edge") if y in ticks else look("v")
@@ -1223,7 +1221,11 @@ def trajectory(view: View, log: Log, sample: Sample | None, width: int, height: 
 
     def draw(w: int, h: int) -> list[Row]:
         question, wide = clean(sample.prompt).replace("\n", " "), max(1, w - 3)
-        lines = [question[i : i + wide] for i in range(0, len(question), wide)][: max(0, min(2, h - 4))]
+        lines = [question[i : i + wide] for i in range(0, len(question), wide)]
+        most = max(0, min(2 + (h > 18), h - 4))
+        if len(lines) > most > 0:  # the puzzle itself often comes last
+            lines = lines[: most - 1] + [f"... {question[4 - wide :]}"]
+        lines = lines[:most]
         rows = [head] + [[("Q: " if i == 0 else "   ", look.dim), (line, f"italic {look.dim}")]
                          for i, line in enumerate(lines)]
         if short and h > len(rows) + 3:

@@ -1,0 +1,74 @@
+"""The README's pictures of the monitor, made from a run.
+
+    python bench/pictures.py runs/NAME            # writes assets/*.png; needs rsvg-convert
+
+Every picture is a frame of tui.py as it is on a terminal, drawn as shapes. The overview is the run as
+it was in the middle of a rollout (the log up to there), the others show it at its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import tui  # noqa: E402
+
+
+def load(path: Path) -> tui.Log:
+    """A log as if looked at when its last event was a second old."""
+    log = tui.Log(path, patience=0, clock=lambda: tui.stamp(log.run.recent[-1]) + 1)
+    log.replayed = True  # whether that process still runs does not matter
+    while log.poll():
+        pass
+    return log
+
+
+def cut(path: Path, share: float, folder: str) -> Path:
+    """A copy of a log that ends in the middle of the rollout about `share` of the way."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    rollouts, this = [], []
+    for i, line in enumerate(lines):
+        if line.startswith(b'{"e":"denoise"'):
+            this.append(i)
+        elif this:
+            rollouts, this = rollouts + [this], []
+    middle = rollouts[int(share * (len(rollouts) - 1))]
+    copy = Path(folder, "events.jsonl")
+    copy.write_bytes(b"".join(lines[: middle[len(middle) * 3 // 5] + 1]))
+    return copy
+
+
+def picture(name: str, log: tui.Log, view: tui.View, size: tuple[int, int], folder: Path) -> None:
+    svg = tui.svg(tui.frame(view, [log], *size), view.look)
+    target = folder / f"{name}.png"
+    subprocess.run(["rsvg-convert", "--zoom", "2", "-o", target], input=svg.encode(), check=True)
+    print(f"{target}  {target.stat().st_size / 1000:.0f} kB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("run", help="run folder or events.jsonl")
+    parser.add_argument("--out", type=Path, default=ROOT / "assets")
+    parser.add_argument("--share", type=float, default=0.6, help="how far into the run the overview is")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = tui.find(args.run)
+    with tempfile.TemporaryDirectory() as folder:
+        picture("overview", load(cut(path, args.share, folder)), tui.View(), (120, 40), args.out)
+    log = load(path)
+    sample = next(s for it in reversed(sorted(log.run.samples)) for k in log.run.samples[it]
+                  if (s := log.sample(it, k)) and s.sel)
+    rows = 30 if sum(tui.token_widths(sample, tui.Look())) < 100 else 40
+    view = tui.View(number=3, it=sample.it, s=sample.s, t=sorted(sample.sel)[len(sample.sel) // 2], follow=False)
+    picture("trajectory", log, view, (120, rows), args.out)
+    picture("entropy", log, tui.View(number=2), (120, 40), args.out)
+    picture("curves", log, tui.View(number=5), (120, 40), args.out)
+
+
+if __name__ == "__main__":
+    main()
