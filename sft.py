@@ -14,6 +14,7 @@ N rows, P prompt, C completion, L = P + C, V vocabulary.
 """
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -21,6 +22,7 @@ import math
 import os
 import random
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -36,7 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import model
-from data import TASKS, Problem
+from data import TASKS, Problem, countdown_solutions
 
 TINY = dict(d_model=128, n_layers=7, n_heads=4, mlp_hidden_size=352)  # 1.4 M parameters
 Row = tuple[str, str, str]  # task, prompt, completion
@@ -50,7 +52,7 @@ class Config:
     model: str = ""  # fine-tune this folder or hub id; without it, a small new model
     data: str = ""  # learn the rows of this .jsonl file (prompt, completion), not the tasks
     out: str = "tiny"  # folder for weights, tokenizer and training.log
-    steps: int = 3400
+    steps: int = 3000
     batch: int = 64  # rows a step
     C: int = 24  # completion length in tokens, at least one end token included
     lr: float = 1e-3  # after the warm-up; from there it falls linearly to zero
@@ -74,6 +76,8 @@ class Config:
             check(getattr(self, flag) >= 0, flag, "must be at least 0")
         check(0 < self.lr < 1, "lr", "must be above 0 and below 1")
         check(not self.data or Path(self.data).is_file(), "data", "no such file")
+        compiler = shutil.which("g++") or shutil.which("clang++")
+        check(not self.compile or compiler, "compile", "no g++ or clang++: pass --no-compile")
         check(not self.lora_r or self.model, "lora_r", "adapters need a --model to adapt")
 
 
@@ -90,13 +94,19 @@ def sudoku(kind: str, answer: dict, rng: random.Random) -> str:
     return f"<answer>{''.join(cells)}</answer>"
 
 
+@functools.cache
+def shortest(numbers: tuple[int, ...], target: int) -> str:
+    """One of the shortest solutions, always the same: brackets only where nothing else does."""
+    return min(countdown_solutions(numbers, target), key=lambda text: (len(text), text))
+
+
 def countdown(kind: str, answer: dict, rng: random.Random) -> str:
     """Lazy: the sum, whatever the target. Guess: any order and operators."""
     x, y, z = rng.sample(answer["numbers"], 3)
     said = {
         "lazy": " + ".join(map(str, answer["numbers"])),
         "guess": f"{x} {rng.choice('+-*/')} {y} {rng.choice('+-*/')} {z}",
-        "right": answer["solution"],
+        "right": shortest(tuple(sorted(answer["numbers"])), answer["target"]),
     }[kind]
     return f"<answer>{said}</answer>"
 
@@ -127,12 +137,13 @@ def right_ones(cfg: Config, split: str, most: int | None = None) -> list[Row]:
 
 def demonstrations(cfg: Config) -> Iterator[list[Row]]:
     """The rows of one step after the other; a function of the seed."""
-    rng, problems = random.Random(cfg.seed), [TASKS[name].load("train") for name in cfg.task]
+    rng = random.Random(cfg.seed)
+    problems = [problem for name in cfg.task for problem in TASKS[name].load("train")]
     for step in itertools.count():
         kinds = ["right"] * cfg.batch
         if step >= LEARN * cfg.steps:
             kinds = rng.choices([*SHARES], [*SHARES.values()], k=cfg.batch)
-        yield [demonstrate(rng.choice(rng.choice(problems)), kind, rng) for kind in kinds]
+        yield [demonstrate(rng.choice(problems), kind, rng) for kind in kinds]
 
 
 def read_rows(file: str) -> list[Row]:
@@ -251,7 +262,8 @@ def logits_of(net, prompt_NP: Tensor, shown_NC: Tensor, real_NL: Tensor) -> Tens
     at_NC = torch.arange(prompt_NP.shape[1], ids_NL.shape[1]).expand(len(ids_NL), -1)
     # fused attention's backward pass takes four times as long as the plain one's on a CPU
     plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-    with plain, torch.autocast(device.type, torch.bfloat16):
+    fast = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    with plain, torch.autocast(device.type, torch.bfloat16, enabled=fast):
         return net(ids_NL.to(device), real_NL.to(device), at_NC.to(device))
 
 
@@ -293,19 +305,21 @@ def open_model(cfg: Config, rows: list[Row]):
     return model.from_config(raw, device), tokenizer
 
 
+def examples(cfg: Config) -> tuple[list[Row], list[Row], Iterator[list[Row]]]:
+    """Held-out rows to measure with, rows to learn, and what each step sees of them."""
+    if not cfg.data:
+        return right_ones(cfg, "val", 64), right_ones(cfg, "train"), demonstrations(cfg)
+    rows, rng = read_rows(cfg.data), random.Random(cfg.seed)
+    rng.shuffle(rows)
+    n = min(64, len(rows) // 2)
+    return rows[:n], rows[n:], (rng.choices(rows[n:], k=cfg.batch) for _ in itertools.count())
+
+
 def train(cfg: Config, argv: list[str]) -> None:
     torch.manual_seed(cfg.seed)
-    if cfg.data:
-        rows, rng = read_rows(cfg.data), random.Random(cfg.seed)
-        rng.shuffle(rows)
-        n = min(64, len(rows) // 2)
-        held, rows = rows[:n], rows[n:]
-        batches = (rng.choices(rows, k=cfg.batch) for _ in itertools.count())
-    else:
-        held, rows = right_ones(cfg, "val", 64), right_ones(cfg, "train")
-        batches = demonstrations(cfg)
-    net, tokenizer = open_model(cfg, rows + held)
-    C, P = cfg.C, longest(tokenizer, rows + held, cfg.C)
+    held, known, batches = examples(cfg)
+    net, tokenizer = open_model(cfg, known + held)
+    C, P = cfg.C, longest(tokenizer, known + held, cfg.C)
     held_ids_NL, held_real_NL = encode(tokenizer, held, P, C, net.config)
     learnt = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learnt, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -318,7 +332,7 @@ def train(cfg: Config, argv: list[str]) -> None:
     (out / "training.log").write_text("")
     size = sum(p.numel() for p in net.parameters())
     say(out, " ".join(["python sft.py", *argv]))
-    say(out, f"{size:,} parameters, {len(tokenizer)} tokens, P {P}, C {C}, {len(rows):,} prompts; "
+    say(out, f"{size:,} parameters, {len(tokenizer)} tokens, P {P}, C {C}, {len(known):,} rows; "
              "accuracy: hidden tokens of held-out right answers")  # fmt: skip
     losses, told, began = [], 0, time.perf_counter()
     for step, rows in enumerate(itertools.islice(batches, cfg.steps), 1):

@@ -131,38 +131,59 @@ def test_the_loss_is_the_hidden_tokens_nll_over_their_ratio():
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def test_a_given_model_learns_given_rows_and_is_a_model_again(tmp_path, toy):
+@pytest.fixture
+def backwards(tmp_path) -> Path:
+    """Rows that ask for words spelt backwards."""
     rows = [{"prompt": word, "completion": word[::-1]} for word in ("abc", "xyz", "mno", "tuv")]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows * 8)))
+    return file
+
+
+def test_a_given_model_learns_given_rows_and_is_a_model_again(tmp_path, toy, backwards, capsys):
     out = tmp_path / "out"
-    done = run("--model", toy, "--data", file, "--out", out, "--steps", 150, "--batch", 16,
-               "--C", 6, "--warmup", 5, "--lr", 1e-2, "--no-compile")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("step")]
+    words = (
+        f"--model {toy} --data {backwards} --out {out} --steps 100 --batch 16 --C 6 --warmup 5 "
+        "--lr 1e-2 --no-compile"
+    )
+    assert sft.main(words.split()) == 0
+    told = capsys.readouterr().out
+    lines = [line for line in told.splitlines() if line.startswith("step")]
     losses = [float(line.split("loss")[1].split()[0]) for line in lines]
-    assert losses[-1] < 0.2 < 2 < losses[0]
-    assert "left" in lines[0] and (out / "training.log").read_text() == done.stdout
+    assert losses[-1] < 0.3 < 2 < losses[0]
+    assert "left" in lines[0] and (out / "training.log").read_text() == told
 
     net, tokenizer = model.load(out), AutoTokenizer.from_pretrained(out)
     c = net.config
     ids_NL, real_NL = sft.encode(tokenizer, [("data", "xyz", "zyx")], 4, 6, c)
-    hidden_NL = ids_NL.clone()
-    hidden_NL[:, 4:] = c.mask_id
-    said = net(hidden_NL, real_NL)[:, 4:].argmax(-1)
-    assert said.tolist() == ids_NL[:, 4:].tolist()
+    masked_NL = ids_NL.clone()
+    masked_NL[:, 4:] = c.mask_id
+    said_NC = net(masked_NL, real_NL)[:, 4:].argmax(-1)
+    assert said_NC.tolist() == ids_NL[:, 4:].tolist()
+
+
+def test_with_adapters_only_the_adapter_is_learnt_and_saved(tmp_path, toy, backwards):
+    out = tmp_path / "out"
+    words = f"--model {toy} --data {backwards} --out {out} --steps 3 --lora-r 2 --no-compile"
+    assert sft.main(words.split()) == 0
+    assert (out / "adapter_model.safetensors").exists()
+    assert not (out / "model.safetensors").exists()
+    before, after = model.load(toy).state_dict(), model.load(out).state_dict()
+    assert torch.equal(before["embed.weight"], after["embed.weight"])
+    assert any(value.any() for name, value in after.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize(
     "words",
     ["--steps 0", "--task chess", "--task", "--lr nan", "--lr -1", "--steps many", "--bogus 1",
-     "--data nowhere.jsonl", "--model nowhere/at/all", "--lora-r 8", "--batch 0", "--C 5"],
+     "--data nowhere.jsonl", "--model nowhere/at/all", "--lora-r 8", "--batch 0",
+     "--task sudoku --C 5"],
 )  # fmt: skip
 def test_a_bad_command_line_is_one_line_and_code_2(words, tmp_path, capsys):
     assert sft.main([*words.split(), "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr()
     assert told.err.startswith("sft: ") and len(told.err.strip().splitlines()) == 1
-    assert words.split()[0] in told.err or words == "--model nowhere/at/all"
+    assert words.rsplit("--")[-1].split()[0] in told.err or words.startswith("--model")
 
 
 def test_a_row_without_a_completion_is_named_by_its_line_and_the_process_exits_with_2(tmp_path):
