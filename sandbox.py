@@ -1,46 +1,50 @@
 """Did this untrusted program pass these tests?
 
     with Sandbox(workers=2, cpu_s=5, wall_s=10) as box:
-        (verdict,) = box.run([dict(code="def f(x): return x + 1", names=["f"], before="", setup="",
-                                   tests=["assert f(1) == 2", "assert f(-1) == 0"])])
+        [verdict] = box.run([{"code": "def f(x): return x + 1", "names": ["f"], "before": "",
+                              "setup": "", "tests": ["assert f(1) == 2", "assert f(-1) == 0"]}])
 
 The program was written by a policy that is rewarded for passing, so it lies wherever a lie pays. It
 never shares an interpreter with its tests, and only plain data crosses between the two:
 
     trainer --job--> zygote (own session, empty environment, nobody when root) forks for each job
-                       worker   holds the program; a socket to the judge and /dev/null are all it has
+                       worker   holds the program, a socket to the judge, /dev/null and nothing else
                        judge    reads the job, asks the worker, compares, writes one digit per test
 
-The judge sees the program through stand-ins: they can be called, read, written, indexed, iterated,
+The judge sees the program through stand-ins, which can be called, read, written, indexed, iterated,
 measured and printed, but never compared. No exit status, no printed word and no object of the
-program's own is ever a verdict; whatever goes wrong fails the test at hand and all after it.
+program's own is ever a verdict; whatever goes wrong fails the test at hand, and all after it if the
+program is gone.
 
-Seven locks hold the processes, each tried on its own; those a machine lacks are in every verdict's
-`missing`. Every row of this table is a test, run with each subset of the locks:
+Seven locks hold the processes, each tried on its own; `missing` in a verdict names those that a
+machine lacks. Every row here is a test, run with each subset of the locks:
 
-    attack                                     stopped by any one of           with those off
-    forge a reply, equal anything, patch        the two processes               (always stopped)
-      builtins or stand-ins, redefine a test
-    break the judge: nesting, size, bad tags    checks on what is received      (always stopped)
-    leave early: exit, kill itself, close all   fail closed                     (always stopped)
-    end the test's loop: StopIteration          becomes RuntimeError            (always stopped)
-    endless loop, sleep                         rlimits (CPU); the wall clock   (always stopped)
-    a daemon that outlives its job              the zygote adopts and kills     (always stopped)
-    read a file, list a folder                  landlock, seccomp               reads what its user can
-    write a file                                landlock, seccomp, rlimits      fills the disk
-    create or delete a file                     landlock, seccomp               as its user can
-    read the trainer's environment              landlock, seccomp, setuid       reads its tokens
-    judge's memory and descriptors, ptrace      landlock, seccomp,              reads the tests
-                                                non_dumpable with capabilities
-    kill the zygote                             landlock (ABI 6), seccomp       one retry, then failed
-    fork, start a program, a thread             seccomp, rlimits unless root    happens; dies with the job
-    listen on or connect to a TCP port          landlock (ABI 4), seccomp       has the network
-    UDP, stat, new namespaces, 32-bit calls     seccomp                         has them
-    a gigabyte of memory                        rlimits                         has it
+    attack                                   stopped by any one of          with those open
+    forge replies, equal anything, patch     two processes, plain data      always stopped
+      builtins, redefine helpers and tests
+    break the judge: size, nesting, tags     each reply is checked          always stopped
+    leave early: exit, kill or close all     fail closed                    always stopped
+    end a test's loop early: StopIteration,  the former arrives as a        always stopped
+      a length unlike the items                RuntimeError, the latter fails
+    sleep, loop for ever                     rlimits (CPU), the clock       always stopped
+    leave a daemon behind                    the zygote adopts and kills    always stopped
+    read a file, list a folder               landlock, seccomp              as its user may
+    write a file                             landlock, seccomp, rlimits     as its user may
+    create or delete a file                  landlock, seccomp              as its user may
+    read the trainer's environment           landlock, seccomp, setuid,     reads its tokens
+                                               capabilities if root
+    read the judge's memory, trace it        landlock, seccomp, setuid or   reads the tests
+                                               capabilities with non_dumpable  and forges
+    kill judge or zygote                     landlock (ABI 6), seccomp      one retry, then failed
+    fork, start a thread or a program        seccomp, rlimits unless root   it dies with the job
+    listen on or connect to a TCP port       landlock (ABI 4), seccomp      has the network
+    UDP, UNIX sockets, stat, namespaces,     seccomp                        has them
+      32-bit calls
+    take a gigabyte of memory                rlimits                        has it
 
-Not stopped by any of it: tests that are weak, printed in the prompt or left to the program's own
-class; kernel bugs within the calls of SYSCALLS; the memory of all slots together (no cgroups). On
-macOS only the two processes, setuid and rlimits are there, which takes `unsafe=True`.
+Not stopped: tests that are weak, shown in the prompt, or leave the judging to the program's own
+class; faults of the kernel within SYSCALLS; the memory of all slots together (no cgroups). On macOS
+there are the two processes, setuid and rlimits only, and that takes `unsafe=True`.
 """
 
 from __future__ import annotations
@@ -87,8 +91,7 @@ def frame(message: object) -> bytes:
     return struct.pack("<I", len(data)) + data
 
 
-def send(fd: int, message: object) -> None:
-    data = memoryview(frame(message))
+def send(fd: int, data: bytes) -> None:
     while data:
         data = data[os.write(fd, data) :]
 
@@ -179,7 +182,7 @@ def work(link: int) -> None:
         return getattr(builtins, n) if isinstance(n, str) else objects[n]
 
     def run(code: str) -> None:
-        exec(compile(code, "solution.py", "exec"), solution.__dict__)
+        exec(compile(code, "solution.py", "exec", dont_inherit=True), solution.__dict__)
 
     operations = OPERATIONS | {"run": run}
     while True:
@@ -190,8 +193,7 @@ def work(link: int) -> None:
             kind = next(c for c in type(e).__mro__ if c.__module__ == "builtins")
             text = e.args[0] if len(e.args) == 1 and isinstance(e.args[0], str) else str(e)
             reply = frame(["error", [kind.__name__, text[:1000]]])
-        while reply:
-            reply = reply[os.write(link, reply) :]
+        send(link, reply)
 
 
 # ---- judge: holds the tests ----------------------------------------------------------------------
@@ -207,7 +209,7 @@ class Program:
         self.sizes: dict[tuple[int, str], int] = {}  # shown since the program last ran
 
     def ask(self, operation: str, *args: object) -> object:
-        request = [operation, encode(list(args), self.handle)]
+        request = frame([operation, encode(list(args), self.handle)])
         if operation in ("call", "set", "put"):
             self.sizes.clear()
         try:
@@ -330,7 +332,7 @@ def judge(link: int, pulse: int, trainer: int) -> None:
         return not reason
 
     def execute(code: str) -> None:
-        exec(compile(code, "tests.py", "exec"), space)
+        exec(compile(code, "tests.py", "exec", dont_inherit=True), space)
 
     def bind() -> None:
         solution = sys.modules["solution"] = types.ModuleType("solution")
@@ -402,8 +404,8 @@ def non_dumpable(cfg: dict) -> None:
 
 
 def rlimits(cfg: dict) -> None:
-    limits = {"CPU": max(1, math.ceil(cfg["cpu_s"])), "CORE": 0, "FSIZE": 0, "NOFILE": 8, "NPROC": 0}
-    for name, value in (limits | {"AS": 1 << 30}).items():
+    limits = {"CORE": 0, "FSIZE": 0, "NOFILE": 8, "NPROC": 0, "AS": 1 << 30}
+    for name, value in (limits | {"CPU": max(1, math.ceil(cfg["cpu_s"]))}).items():
         which = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(which)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -465,7 +467,8 @@ encodings.utf_16_le encodings.utf_32
 
 def zygote(cfg: dict) -> None:
     for name in MODULES.split():
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # a Python may be built without zlib, say
+            importlib.import_module(name)
     time.localtime()  # reads the time zone's file
     null = os.open(os.devnull, os.O_RDWR)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
@@ -587,10 +590,10 @@ class Slot:
         with contextlib.suppress(subprocess.TimeoutExpired):
             if seconds:
                 self.process.wait(seconds)
-                return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if self.process.returncode is None:  # not waited for yet, so the group is still its own
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 class Sandbox:
@@ -605,7 +608,7 @@ class Sandbox:
         off: Iterable[str] = (),
     ) -> None:  # fmt: skip
         self.cfg = {"cpu_s": cpu_s, "wall_s": wall_s, "off": sorted(off)}
-        if unknown := set(off) - set(LOCKS):
+        if unknown := set(self.cfg["off"]) - set(LOCKS):
             raise ValueError(f"no such lock: {', '.join(unknown)}; there are {', '.join(LOCKS)}")
         self.restarts, self.closed, self.lock = 0, False, threading.Lock()
         self.pool = ThreadPoolExecutor(workers, "sandbox")
@@ -617,8 +620,8 @@ class Sandbox:
         if {"seccomp", "landlock"} <= set(self.missing) and not unsafe:
             self.close()
             raise ValueError(
-                "neither seccomp nor Landlock is available, so nothing would keep a program from the "
-                "files and the network; --unsafe-code (unsafe=True) runs it all the same"
+                "neither seccomp nor Landlock is available, so nothing would keep a program from "
+                "files and network; --unsafe-code (unsafe=True) runs it all the same"
             )
         if self.missing:
             warnings.warn(f"the sandbox runs without {', '.join(self.missing)}", stacklevel=2)
@@ -652,9 +655,12 @@ class Sandbox:
 
     def _judge(self, job: dict) -> dict:
         tests = len(job["tests"])
-        if len(job["code"]) > MAX_CODE:
-            return self._verdict(f" a program of {len(job['code'])} characters", tests)
-        data = frame({key: job[key] for key in ("code", "names", "before", "setup", "tests")})
+        try:
+            if len(job["code"]) > MAX_CODE:
+                raise OverflowError(f"a program of {len(job['code'])} characters")
+            data = frame({key: job[key] for key in ("code", "names", "before", "setup", "tests")})
+        except OverflowError as e:
+            return self._verdict(f" {e}", tests)
         i = self.free.get()
         try:
             for _ in range(2):
@@ -683,4 +689,5 @@ class Sandbox:
 
 
 if __name__ == "__main__":
-    zygote(json.loads(sys.argv[1]))
+    with contextlib.suppress(ConnectionError):  # the trainer ended in the middle of something
+        zygote(json.loads(sys.argv[1]))

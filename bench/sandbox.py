@@ -119,11 +119,12 @@ def leaks(box: Sandbox, n: int) -> bool:
     wrong = sum(all(v["ok"]) is not (j is TRIVIAL) for j, v in zip(jobs, box.run(jobs)))
     wall = time.perf_counter() - wall
     left, after = living(pids), descriptors(pids)
-    memory = [Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0] for pid in pids]
+    status = [Path(f"/proc/{pid}/status").read_text() for pid in pids]
+    memory = [int(text.split("VmRSS:")[1].split()[0]) / 1024 for text in status]
     print(
-        f"{n} programs, one in ten hostile, in {wall:.0f} s: {wrong} wrong verdicts, {box.restarts} "
-        f"restarts, {len(left)} processes left, descriptors {before} before and {after} after, "
-        f"{max(map(int, memory)) / 1024:.0f} MB a zygote",
+        f"{n} programs, one in ten hostile, in {wall:.0f} s: {wrong} wrong verdicts, "
+        f"{box.restarts} restarts, {len(left)} processes left, descriptors {before} before and "
+        f"{after} after, {max(memory):.0f} MB a zygote",
         flush=True,
     )
     return bool(wrong or left or after > before or box.restarts)
@@ -136,7 +137,8 @@ def main() -> int:
     args = parser.parse_args()
     workers = os.cpu_count() or 1
     with Sandbox(workers) as box:
-        print(f"Python {sys.version.split()[0]}, {workers} workers, missing: {box.missing or 'no lock'}")
+        python = sys.version.split()[0]
+        print(f"Python {python}, {workers} workers, missing: {box.missing or 'none'}", flush=True)
         box.run([TRIVIAL] * 20)
         throughput(box, "trivial programs", [TRIVIAL] * 500)
         if args.data_dir:

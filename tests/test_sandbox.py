@@ -191,6 +191,8 @@ def f(x):
     want = "['2024-02-29', 'd41d', 1.5, [1], b'\\xe9', b'a\\0', 2]"
     verdict = check(box, code, f"assert f(1) == {want}")
     assert verdict["ok"] == [True], verdict["why"]
+    code = "def f(x: int): return f.__annotations__ == {'x': int}"  # no __future__ of the sandbox's
+    assert check(box, code, "assert f(1)")["ok"] == [True]
 
 
 def test_verdicts_come_in_the_order_of_the_jobs(box):
@@ -399,6 +401,7 @@ ESCAPES = {  # what f does, and the sets of locks that stop it, each set on its 
         "open(f'/proc/{open(f\"/proc/{os.getppid()}/stat\").read().split()[3]}/environ').read()",
         "landlock", "seccomp", "setuid", "capabilities"),
     "open the judge's memory": ("open(f'/proc/{os.getpid() + 1}/mem', 'rb')", "landlock", "seccomp", "non_dumpable capabilities"),
+    "trace the judge": ("ctypes.CDLL(None).ptrace(0x4206, os.getpid() + 1, 0, 0) == 0", "landlock", "seccomp", "non_dumpable capabilities"),
     "kill the zygote": ("os.kill(os.getppid(), 9)", "landlock", "seccomp"),
     "kill the judge": ("os.kill(os.getpid() + 1, 9)", "landlock", "seccomp"),
     "fork": ("os.fork() or os._exit(0)", "seccomp", "rlimits"),
@@ -406,6 +409,7 @@ ESCAPES = {  # what f does, and the sets of locks that stop it, each set on its 
     "start a program": ("os.system('true') == 0", "seccomp", "rlimits", "landlock"),
     "listen on a port": ("socket.create_server(('0.0.0.0', 0))", "landlock", "seccomp"),
     "open a datagram socket": ("socket.socket(socket.AF_INET, socket.SOCK_DGRAM).bind(('', 0)) or 1", "seccomp"),
+    "open a UNIX socket": ("socket.socket(socket.AF_UNIX)", "seccomp"),
     "stat a file": ("os.stat('/etc/passwd')", "seccomp"),
     "make a namespace": ("ctypes.CDLL(None).unshare(0x10000000) == 0", "seccomp"),
     "run 32-bit calls": (  # mov eax, 20 (getpid); int 0x80; ret
@@ -543,7 +547,7 @@ def restricted_here():
     yield "make a namespace"
     yama = Path("/proc/sys/kernel/yama/ptrace_scope")
     if yama.exists() and yama.read_text().strip() != "0":
-        yield "open the judge's memory"
+        yield from ("open the judge's memory", "trace the judge")
 
 
 @linux
