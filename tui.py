@@ -60,7 +60,7 @@ class Tail:
         self.offset, self.inode, self.head, self.holes = 0, 0, b"", 0
 
     def read(self, limit: int = 1 << 20) -> tuple[bool, list[tuple[int, bytes]]]:
-        """(started over?, [(offset, line)]) of at most `limit` bytes; nothing while there is no file."""
+        """(started over?, [(offset, line)]) of at most `limit` bytes; nothing if there is no file."""
         try:
             file = os.open(self.path, os.O_RDONLY)
         except FileNotFoundError:
@@ -111,9 +111,10 @@ class Replay(Tail):
         return False, lines
 
 
+Place = tuple[int, int]  # offset and length of a line
 STAMP = re.compile(rb'"ts":\s*([\d.]+)')
-SAMPLE = re.compile(rb'"it":\s*(\d+),\s*"s":\s*(\d+)')
-GROUP = re.compile(rb'"it":\s*(\d+),\s*"p":\s*(\d+)')
+KIND = re.compile(rb'\{"e":\s*"(denoise|sample|group)"')
+INDEX = re.compile(rb'"it":\s*(\d+),\s*"[sp]":\s*(\d+)')
 
 
 def stamp(line: bytes) -> float:
@@ -155,8 +156,8 @@ class Run:
     chosen: dict[int, list[int]] = field(default_factory=dict)  # it -> samples that selected a step
     rows: dict[int, int] = field(default_factory=dict)  # it -> samples in that iteration
     evals: dict[int, dict] = field(default_factory=dict)
-    samples: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)  # it -> s -> place
-    groups: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)  # it -> prompt -> place
+    samples: dict[int, dict[int, Place]] = field(default_factory=dict)  # it -> row -> where it is
+    groups: dict[int, dict[int, Place]] = field(default_factory=dict)  # it -> prompt -> where
     alerts: list[tuple[int, str, str]] = field(default_factory=list)  # it, level, message
     rollout: list[bytes] = field(default_factory=list)  # `denoise` lines since the last `step`
     phase: str = ""
@@ -172,17 +173,16 @@ class Run:
     def feed(self, line: bytes, offset: int = 0) -> None:
         """Take one line in. What cannot be used is counted, never fatal."""
         self.lines += 1
-        # The two frequent events are only filed: `denoise` lines are parsed while their rollout is
-        # on the screen, `sample` lines when somebody looks at them.
+        # What is frequent or long is only filed: `denoise` lines are parsed while their rollout is
+        # on the screen, samples and groups when somebody looks at them.
+        kind = KIND.match(line) if line.endswith(b"}") else None
         try:
-            if line.startswith((b'{"e":"denoise"', b'{"e": "denoise"')) and line.endswith(b"}"):
+            if kind and kind[1] == b"denoise":
                 self.rollout.append(line)
-            elif line.startswith((b'{"e":"sample"', b'{"e": "sample"')) and line.endswith(b"}"):
-                it, s = SAMPLE.search(line).groups()
-                self.samples.setdefault(int(it), {})[int(s)] = offset, len(line)
-            elif line.startswith((b'{"e":"group"', b'{"e": "group"')) and line.endswith(b"}"):
-                it, p = GROUP.search(line).groups()
-                self.groups.setdefault(int(it), {})[int(p)] = offset, len(line)
+            elif kind:
+                it, row = map(int, INDEX.search(line).groups())
+                places = self.samples if kind[1] == b"sample" else self.groups
+                places.setdefault(it, {})[row] = offset, len(line)
             else:
                 self.apply(json.loads(line))
             self.recent.append(line)
@@ -231,20 +231,26 @@ class Run:
         for record in (self.entropy, self.chosen, self.rows, self.samples, self.groups):
             for key in [key for key in record if key >= it]:
                 del record[key]
-        self.evals = {key: value for key, value in self.evals.items() if key <= it}  # made at its start
+        self.evals = {at: e for at, e in self.evals.items() if at <= it}  # of the weights at `it`
         self.alerts = [alert for alert in self.alerts if alert[0] < it]
         self.rollout.clear()
 
-    def size(self, name: str, default: int = 0) -> int:
+    def size(self, name: str) -> int:
         """T, K, C, block, G, N or iters, from wherever the trainer wrote it."""
-        cfg = self.meta.get("cfg") or {}
-        other = {"C": "L", "iters": "steps"}.get(name, name)
-        value = next((d[k] for d in (self.meta, cfg) for k in (name, other) if d.get(k)), default)
-        return value if isinstance(value, int) else default
+        cfg = self.meta.get("cfg")
+        both = self.meta | (cfg if isinstance(cfg, dict) else {})
+        value = both.get(name) or both.get({"C": "L", "iters": "steps"}.get(name, name))
+        return value if isinstance(value, int) else 0
 
     def latest(self, name: str) -> float | None:
         series = self.series.get(name)
         return series.values[-1] if series and series.values else None
+
+    @property
+    def block_steps(self) -> int:
+        """Denoising steps of a block; 0 if that is not known."""
+        C = self.size("C")
+        return self.size("T") * self.size("block") // C if C else 0
 
     @property
     def done(self) -> int:
@@ -291,11 +297,8 @@ class Sample:
     x0: list = field(default_factory=list)  # that completion, token by token
     rw: dict = field(default_factory=dict)  # reward by part
     reward: float | None = None
-    ok: bool | None = None  # correct
+    ok: bool | None = None  # correct, where that is known
     len: int = 0
-    gold: object = None
-    pred: object = None
-    eos: int = 0  # end tokens cut from the tail of tok
     edit: list = field(default_factory=list)  # remasking: [t, i, token or null]
     T: int = 0
     live: bool = False
@@ -304,7 +307,8 @@ class Sample:
     def parse(cls, line: bytes, T: int = 0) -> "Sample":
         """Raises ValueError, TypeError or AttributeError for what is no sample event."""
         event = json.loads(line)
-        sample = cls(**{f.name: event[f.name] for f in fields(cls) if event.get(f.name) is not None})
+        known = [f.name for f in fields(cls) if event.get(f.name) is not None]
+        sample = cls(**{name: event[name] for name in known})
         sample.ent = [number(h) for h in sample.ent]
         sample.T = len(sample.ent) or T or max(sample.rev, default=0) + 1
         sample.tok = ["" if token is None else str(token) for token in sample.tok]
@@ -316,8 +320,8 @@ class Sample:
         if sample.reward is None:
             sample.reward = parts.get("reward", parts.get("total", sum(parts.values())))
         if sample.ok is None:
-            known = [parts[name] for name in ("correct", "solved", "passed") if name in parts]
-            sample.ok = known[0] >= 1 if known else None
+            told = [parts[name] for name in ("correct", "solved", "passed") if name in parts]
+            sample.ok = told[0] >= 1 if told else None
         sample.len = sample.len or sample.decoded
         return sample
 
@@ -394,9 +398,8 @@ class Log:
         known = {row.g: row for row in rows if row and row.p == sample.p}
         event = self.event(self.run.groups.get(sample.it, {}).get(sample.p), json.loads) or {}
         for g, text in enumerate(event.get("text") or []):
-            reward = number((event.get("rw") or [])[g : g + 1] and event["rw"][g])
-            known.setdefault(g, Sample(sample.it, sample.s - sample.g + g, sample.p, g, tok=[str(text)],
-                                       rev=[0], tent=[0], reward=reward))
+            known.setdefault(g, Sample(sample.it, sample.s - sample.g + g, sample.p, g, rev=[0],
+                                       tok=[str(text)], tent=[0], reward=number(event["rw"][g])))
         return [known[g] for g in sorted(known)]
 
     def brief(self, it: int, s: int) -> tuple[float, int, str]:
@@ -408,7 +411,7 @@ class Log:
         return self.briefs[place]
 
     def status(self) -> tuple[str, float]:
-        """(live, quiet, dead, crashed, finished, stopped or waiting; seconds since the last event)."""
+        """(one of STATUS; seconds since the last event)."""
         run, here = self.run, (os.uname().nodename, boot_id())
         if not run.recent:
             return "waiting", 0.0
@@ -439,6 +442,7 @@ def alive(pid: object) -> bool:
         return True
     return True
 
+
 # ==== draw ========================================================================================
 # A row is a list of (text, style); a style is "[bold] [italic] #rrggbb [on #rrggbb]" or "". Every
 # function takes the width and height it has, in cells, and what it returns fills them.
@@ -457,7 +461,8 @@ DARK = dict(bg="#0f1116", fg="#d8dbe0", dim="#7c828d", line="#323742", bar="#181
 LIGHT = dict(bg="#fbfbf8", fg="#22262c", dim="#686e78", line="#c6cad0", bar="#eceef0",
              sky="#0b6fb0", orange="#a85800", teal="#007a68", mark="#6a1b80", mask="#8d939d",
              veil="#edeff1")
-NAMES = "bars tl h tr v bl br sel maybe eval bad dot mask yes no edge done todo here full new sep nl eos"
+NAMES = ("bars tl h tr v bl br sel maybe eval bad dot mask yes no edge done todo here full new sep "
+         "nl eos")
 UNICODE = "▁▂▃▄▅▆▇█ ╭ ─ ╮ │ ╰ ╯ ▲ △ ◆ × · ░ ✓ ✗ ┤ ━ ─ ▸ █ ◆ · ↵ ◦"
 ASCII = "..::||## + - + | + + ^ ~ o x . : + - | = - > # @ | \\ $"
 GLYPHS = {kind: dict(zip(NAMES.split(), glyphs.split())) for kind, glyphs in
@@ -483,7 +488,7 @@ def heat(palette: str, level: int) -> str:
 
 @dataclass(frozen=True)
 class Look:
-    """Colours and characters: look.sky and the other names of DARK, look("sel") and those of NAMES."""
+    """Colours and characters: look.sky (the names of DARK) and look("sel") (those of NAMES)."""
 
     palette: str = "viridis"
     glyphs: str = "braille"
@@ -594,11 +599,9 @@ def num(value: float | None) -> str:
 
 
 def span(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    if minutes >= 2880:
-        return f"{minutes // 1440} days"
-    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{rest:02d}s" if (
-        minutes) else f"{rest}s"
+    m, s = divmod(int(seconds), 60)
+    h, m = divmod(m, 60)
+    return f"{h // 24} days" if h > 48 else f"{h}h{m:02}m" if h else f"{m}m{s:02}s" if m else f"{s}s"
 
 
 def clean(text: str, look: Look | None = None) -> str:
@@ -683,12 +686,13 @@ def strip(entropy: Sequence[float], T: int, width: int, height: int, look: Look,
         part = max((share[i] for i in steps if i < len(share)), default=0.0)
         part = part or float(any(i in sel for i in steps))
         glyph = look("maybe" if maybe else "sel") if part > 0 else " "
-        row.append((f"{glyph:^{wide}}{'':{pitch - wide}}", mix(look.bg, look.mark, 0.2 + 0.8 * part)))
+        colour = mix(look.bg, look.mark, 0.2 + 0.8 * part)
+        row.append((f"{glyph:^{wide}}{'':{pitch - wide}}", colour))
     labels = step_labels(columns, left, pitch, every, t)
     axis, here = labelled(labels, width), labels[0][1] if t is not None and 0 <= t < T else ""
     x = min(labels[0][0], width - len(here)) if here else 0
-    rows += [row, [(axis[:x], look.dim), (here, f"bold {look.fg}"), (axis[x + len(here) :], look.dim)]]
-    return block(rows, width, height)
+    foot = [(axis[:x], look.dim), (here, f"bold {look.fg}"), (axis[x + len(here) :], look.dim)]
+    return block([*rows, row, foot], width, height)
 
 
 def spark(values: Sequence[float], width: int, look: Look) -> Row:
@@ -809,8 +813,8 @@ def chart(curves: Sequence[Curve], width: int, height: int, look: Look, *, log: 
     ticks = {}
     for i in range(round((high - low) / tick) + 1):
         value = low + i * tick
-        short = log or digits > 4 or abs(high) >= 1e5
-        ticks[down(value) // canvas.dy] = num(10.0 ** min(300, value) if log else value) if short else f"{value:.{digits}f}"
+        label = num(10.0 ** min(300, value)) if log else f"{value:.{digits}f}"
+        ticks[down(value) // canvas.dy] = label if len(label) < left else num(value)
     names: dict[int, Curve] = {}  # by row; highest first, moved apart where they would collide
     for i, curve in enumerate(sorted(named, key=lambda c: -finite(c.values)[-1])):
         wanted = max(down(finite(curve.values)[-1]) // canvas.dy, max(names, default=-1) + 1)
@@ -847,7 +851,8 @@ def carpet(data: Sequence[Sequence[float]], its: Sequence[int], width: int, heig
     pitch, columns = slots(T, width - left)
     half = 1 if look.glyphs == "ascii" else 2
     total, n = min((height - 1) * half, len(data) * 4 * half), len(data)
-    groups = [range(r * n // total, max(r * n // total + 1, (r + 1) * n // total)) for r in range(total)]
+    starts = [r * n // total for r in range(total + 1)]
+    groups = [range(start, max(start + 1, stop)) for start, stop in zip(starts, starts[1:])]
 
     def level(group: range, steps: range) -> float:
         values = finite(data[r][i] for r in group for i in steps if i < len(data[r]))
@@ -862,12 +867,12 @@ def carpet(data: Sequence[Sequence[float]], its: Sequence[int], width: int, heig
                 f"bold {look.fg}" if here else look.dim)] if left else []
         for c, top in enumerate(levels[y]):
             bottom = levels[y + 1][c] if half == 2 and y + 1 < total else math.nan
-            colour = look.heat(top) if top == top else look.bg
-            if half == 1:
-                row.append((" .:-=+*#%@"[round(9 * min(1, top))] * pitch if top == top else "x" * pitch,
-                            look.ink(top)))
+            over, under = (look.heat(x) if x == x else look.bg for x in (top, bottom))
+            if half == 2:
+                row.append(("▀" * pitch, f"{over} on {under}"))
             else:
-                row.append(("▀" * pitch, f"{colour} on {look.heat(bottom) if bottom == bottom else look.bg}"))
+                shade = " .:-=+*#%@"[round(9 * min(1, top))] if top == top else "x"
+                row.append((shade * pitch, look.ink(top)))
         rows.append(row)
     axis = labelled(step_labels(columns, left, pitch, every), width)
     return block(rows + [[(axis, look.dim)]], width, height)
@@ -880,27 +885,31 @@ def token_style(sample: Sample, i: int, t: int, look: Look, colour: str) -> str:
     """How position i looks after step t once it is revealed; what t itself revealed stands out."""
     if sample.rev[i] == t:
         return f"bold {look.bg} on {look.mark}"
-    if colour == "none":
-        return look.fg
-    return look.ink(sample.rev[i] / max(1, sample.T - 1) if colour == "step" else sample.tent[i] / 125)
+    share = sample.rev[i] / max(1, sample.T - 1) if colour == "step" else sample.tent[i] / 125
+    return look.fg if colour == "none" else look.ink(share)
+
+
+def position(sample: Sample, i: int, token: str | None, t: int, look: Look, colour: str,
+             guess: Sequence[str]) -> tuple[str, str]:
+    """What is seen at position i after step t, when the state there is `token`: that, or the guess,
+    or a hatch as wide as what will be there; nothing where the row had ended before."""
+    if token is not None:
+        return clean(token, look), token_style(sample, i, t, look, colour)
+    if sample.rev[i] >= sample.T and not sample.live:
+        return "", ""
+    if i < len(guess):
+        return clean(str(guess[i]), look), f"italic {look.sky} on {look.veil}"
+    hatch = re.sub(r"[^\n]", look("mask"), clean(sample.tok[i], look)) or look("mask") * 2
+    return hatch, f"{look.mask} on {look.veil}"
 
 
 def prose(sample: Sample, t: int, width: int, height: int, look: Look, colour: str = "step",
           guess: Sequence[str] = ()) -> list[Row]:
-    """The completion after step t as text. What is hidden is hatched, as wide as what will be there;
-    or it shows `guess`, a one-step completion."""
+    """The completion after step t as text, what is still hidden as a hatch or as `guess`."""
     rows: list[Row] = [[]]
     x = focus = 0
     for i, token in enumerate(sample.at(t)):
-        if token is not None:
-            body, style = clean(token, look), token_style(sample, i, t, look, colour)
-        elif sample.rev[i] >= sample.T and not sample.live:
-            continue  # the row had ended: this position was never decoded
-        elif i < len(guess):
-            body, style = clean(str(guess[i]), look), f"italic {look.sky} on {look.veil}"
-        else:
-            body = re.sub(r"[^\n]", look("mask").replace("\\", ""), clean(sample.tok[i], look)) or look("mask") * 2
-            style = f"{look.mask} on {look.veil}"
+        body, style = position(sample, i, token, t, look, colour, guess)
         for k, piece in enumerate(body.split("\n")):
             size = cell_len(piece)
             if k or (x and x + size > width):
@@ -941,37 +950,29 @@ def mosaic(sample: Sample, t: int, width: int, height: int, look: Look, size: in
     return block(rows[max(0, min(focus - height // 2, len(rows) - height)) :], width, height)
 
 
-def one_line(token: str, look: Look) -> str:
-    return clean(token, look).replace("\n", look("nl"))
+
 
 
 def token_widths(sample: Sample, look: Look) -> list[int]:
-    return [max(1, cell_len(one_line(token, look))) for token in sample.tok]
+    return [max(1, cell_len(clean(token, look).replace("\n", "+"))) for token in sample.tok]
 
 
 def film(sample: Sample, t: int, width: int, height: int, look: Look, colour: str = "step",
          guess: bool = False) -> list[Row]:
     """All steps of a short completion under one another: a row a step, a column a position."""
-    widths, rows, last = token_widths(sample, look), [], len(sample.ent) if sample.live else sample.T
+    widths, rows = token_widths(sample, look), []
     gap = " " * (sum(widths) + len(widths) + 44 <= width)
-    for when in range(last):
+    for when in range(len(sample.ent) if sample.live else sample.T):
         k = sample.sel.index(when) if when in sample.sel else -1
         ground = f" on {look.line}" if when == t else ""
         row = [(f"{when:>3} ", (f"bold {look.fg}" if when == t else look.dim) + ground),
-               ((look("sel") if k >= 0 else " ") + " ", look.mark + ground)]
+               (f"{look('sel') if k >= 0 else ' '} ", look.mark + ground)]
         shown = sample.x0[k] if guess and 0 <= k < len(sample.x0) else ()
         for i, token in enumerate(sample.at(when)):
-            if token is not None:
-                body, style = token, token_style(sample, i, when, look, colour)
-            elif i < len(shown):
-                body, style = str(shown[i]), f"italic {look.sky} on {look.veil}"
-            else:
-                never = sample.rev[i] >= sample.T and not sample.live
-                body, style = (" " if never else look("mask")) * widths[i], f"{look.mask} on {look.veil}"
-            row += [(set_cell_size(one_line(body, look), widths[i]), style), (gap, "")]
+            body, style = position(sample, i, token, when, look, colour, shown)
+            row += [(set_cell_size(body.replace("\n", look("nl")), widths[i]), style), (gap, "")]
         rows.append(row + [("  ", "")] + credit(sample, k, look))
-    top = max(0, min(t - height // 2, last - height))
-    return block(rows[top:], width, height)
+    return block(rows[max(0, min(t - height // 2, len(rows) - height)) :], width, height)
 
 
 def credit(sample: Sample, k: int, look: Look) -> Row:
@@ -1029,8 +1030,12 @@ def key_of(view: View, log: Log) -> tuple[int, int] | None:
     samples = log.run.samples
     if not samples:
         return None
-    it = max(samples) if view.it is None else min(samples, key=lambda k: (abs(k - view.it), k))
-    return it, min(samples[it], key=lambda s: (abs(s - view.s), s))
+    it = max(samples) if view.it is None else nearest(samples, view.it)
+    return it, nearest(samples[it], view.s)
+
+
+def nearest(keys: Iterable[int], wanted: int) -> int:
+    return min(keys, key=lambda key: (abs(key - wanted), key))
 
 
 def on_screen(view: View, log: Log) -> Sample | None:
@@ -1070,10 +1075,11 @@ def header(view: View, log: Log, width: int) -> Row:
     if going and phase:
         parts.append([(phase, look.mark)])
     if run.evals:
-        parts.append([("eval ", look.dim), (f"{run.evals[max(run.evals)]['accuracy']:.1%}", look.fg)])
-    for value, unit in ((seconds, "s/it"), (run.latest("tok_s"), "tok/s"), (run.latest("mem/peak_gb"), "GB")):
-        if value is not None:
-            parts.append([(f"{num(value)} {unit}", look.dim)])
+        score = run.evals[max(run.evals)]["accuracy"]
+        parts.append([("eval ", look.dim), (f"{score:.1%}", look.fg)])
+    for name, unit in (("t/total", "s/it"), ("tok_s", "tok/s"), ("mem/peak_gb", "GB")):
+        if name in run.series:
+            parts.append([(f"{num(run.latest(name))} {unit}", look.dim)])
     model = Path(str(run.meta.get("model", ""))).name
     parts.append([(clean(f"{model} {run.meta.get('task', '')}".strip()), look.dim)])
     row: Row = []
@@ -1089,20 +1095,22 @@ HINTS = {2: "up/down iteration", 4: "j/k row  s sort  / filter  enter open",
 
 
 def footer(view: View, log: Log, width: int) -> Row:
-    look = view.look
+    """What is being typed, or what there is to say, or the keys of this view as far as they fit."""
+    look, row = view.look, []
     if view.typing or view.filter:
-        row = [(f" /{view.filter}", f"bold {look.fg}"), ("_" if view.typing else "  esc clears", look.dim)]
+        row = [(f" /{view.filter}", f"bold {look.fg}"),
+               ("_" if view.typing else "  esc clears", look.dim)]
     elif view.note:
         row = [(f" {view.note}", look.orange)]
     else:
         names = [f"{i} {name}" for i, name in enumerate(VIEWS, 1)]
         names = names if width >= 90 else [f"1-6 {VIEWS[view.number - 1]}"]
-        hints = HINTS.get(view.number, "h/l step  n chosen  space play  j/k sample  x guess").split("  ")
-        row = []
-        for hint in [*names, *hints, f"f follow {'on' if view.follow else 'off'}", "? help", "q quit"]:
+        hints = HINTS.get(view.number, "h/l step  n chosen  space play  j/k sample  x guess")
+        always = [f"f follow {'on' if view.follow else 'off'}", "? help", "q quit"]
+        for hint in [*names, *hints.split("  "), *always]:
             key, word = hint.split(" ", 1)
-            here = word == VIEWS[view.number - 1]
-            part = [(f" {key} ", f"bold {look.orange}"), (f"{word} ", f"bold {look.fg}" if here else look.dim)]
+            style = f"bold {look.fg}" if word == VIEWS[view.number - 1] else look.dim
+            part = [(f" {key} ", f"bold {look.orange}"), (f"{word} ", style)]
             row += part if cells(row + part) <= width else []
     return [(text, f"{style or look.fg} on {look.bar}") for text, style in fit(row, width)]
 
@@ -1110,27 +1118,24 @@ def footer(view: View, log: Log, width: int) -> Row:
 def strip_panel(view: View, log: Log, sample: Sample | None, width: int, height: int) -> list[Row]:
     """Entropy per step: of the rollout in progress, of one sample, or of an iteration's batch."""
     run, look, sep = log.run, view.look, view.look("sep")
-    T, K, C = run.size("T"), run.size("K"), run.size("C")
-    every = T * run.size("block") // C if C else 0  # steps of a block
-    title, right = f"entropy per denoising step {sep} iteration ", f"{look('sel')} gets the gradient"
-    options: dict = {}
+    T, K, options = run.size("T"), run.size("K"), {}
     if sample and sample.live:
         entropy, t = sample.ent, len(sample.ent) - 1
         known = [i for i in range(len(entropy)) if math.isfinite(entropy[i])]
         options = dict(sel=sorted(known, key=lambda i: -entropy[i])[:K], maybe=True, t=t)
-        title, right = f"{title}{sample.it}, rolling out", f"{look('maybe')} top {K} so far"
+        title, right = f"{sample.it}, rolling out", f"{look('maybe')} top {K} so far"
     elif sample and (view.number == 3 or not view.follow):
         entropy, K = sample.ent, len(sample.sel)
         options = dict(sel=sample.sel, t=step_of(view, sample))
-        title = f"{title}{sample.it}, sample {sample.s}"
+        title, right = f"{sample.it}, sample {sample.s}", f"{look('sel')} gets the gradient"
     elif run.entropy:
-        it = max(run.entropy) if view.it is None else min(run.entropy, key=lambda k: abs(k - view.it))
+        it = max(run.entropy) if view.it is None else nearest(run.entropy, view.it)
         entropy, count = run.entropy[it], run.chosen[it]
         n = run.rows[it] or max(count, default=1) or 1
         options = dict(share=[c / n for c in count])
-        title, right = f"{title}{it}, mean of {n}", f"{look('sel')} chosen, bright: by many"
+        title, right = f"{it}, mean of {n}", f"{look('sel')} chosen, bright: by many"
     else:
-        return panel("entropy per denoising step", "waiting for the first rollout", width, height, look)
+        return panel("entropy", "waiting for the first rollout", width, height, look)
     T = T or len(entropy)
 
     def draw(w: int, h: int) -> list[Row]:
@@ -1138,13 +1143,14 @@ def strip_panel(view: View, log: Log, sample: Sample | None, width: int, height:
         side = 26 if room >= 26 else 0
         weights = options.get("share") or [float(i in options["sel"]) for i in range(T)]
         total, kept = sum(finite(entropy)), sum(finite(a * b for a, b in zip(entropy, weights)))
-        facts = [("mean", f"{num(total / max(1, len(entropy)))} nats"), ("chosen", f"{K} of {T}"),
-                 ("entropy kept", f"{kept / total:.0%}" if total else "-")]
-        words = [[]] * (h > 5) + [[(f"{name:>13}  ", look.dim), (value, f"bold {look.fg}")]
-                                  for name, value in facts]
-        bars = strip(entropy, T, w - side, h, look, K=K, every=every, **options)
-        return beside(bars, block(words, side, h))
+        facts = {"mean": f"{num(total / max(1, len(finite(entropy))))} nats", "chosen": f"{K} of {T}",
+                 "entropy kept": f"{kept / total:.0%}" if total else "-"}
+        words = [[(f"{name:>13}  ", look.dim), (value, f"bold {look.fg}")]
+                 for name, value in facts.items()]
+        bars = strip(entropy, T, w - side, h, look, K=K, every=run.block_steps, **options)
+        return beside(bars, block([[]] * (h > 5) + words, side, h))
 
+    title = f"entropy per denoising step {sep} iteration {title}"
     return panel(title, draw, width, height, look, right)
 
 
@@ -1167,15 +1173,15 @@ def curves_of(view: View, logs: Sequence[Log], name: str) -> list[Curve]:
 def reward_panel(view: View, log: Log, width: int, height: int) -> list[Row]:
     """The reward and its parts over iterations, evaluations marked."""
     look, run, curves = view.look, log.run, []
-    parts = [name for name in run.series if name.startswith("reward/") and name[7:] not in ("mean", "std")]
+    parts = [name for name in run.series if re.fullmatch("reward/(?!mean|std).*", name)]
     for name, colour in zip(["reward/mean", *parts[:2]], (look.sky, look.orange, look.dim)):
         for curve in curves_of(view, [log], name):
-            label = f"{name[7:]} {num(finite(curve.values)[-1])}" if finite(curve.values) else name[7:]
+            label = "" if curve.faint else f"{name[7:]} {num(curve.values[-1])}"
             if not curve.faint or name == "reward/mean":
-                curves.append(replace(curve, colour=colour, label="" if curve.faint else label))
+                curves.insert(0, replace(curve, colour=colour, label=label))
     points = [(it, e["accuracy"]) for it, e in run.evals.items()]
     right = f"{look('eval')} evaluation {num(points[-1][1])}" if points else ""
-    return panel("reward", lambda w, h: chart(curves[::-1], w, h, look, points=points, log=view.log),
+    return panel("reward", lambda w, h: chart(curves, w, h, look, points=points, log=view.log),
                  width, height, look, right)
 
 
@@ -1208,16 +1214,21 @@ def trajectory(view: View, log: Log, sample: Sample | None, width: int, height: 
     look = view.look
     if sample is None:
         return panel("denoising", "no sample logged yet", width, height, look)
-    t, sep, short = step_of(view, sample), look("sep"), sum(token_widths(sample, look)) + 10 <= width
-    shown = sum(sample.rev[i] <= t for i in range(len(sample.rev)))
-    head = [(f"it {sample.it} {sep} prompt {sample.p} {sep} sample {sample.s}   ", f"bold {look.fg}")]
+    t, k, sep = step_of(view, sample), -1, look("sep")
+    name = f"it {sample.it} {sep} prompt {sample.p} {sep} sample {sample.s}   "
+    head = [(name, f"bold {look.fg}")]
     if sample.reward is not None:
         sign = {True: look("yes") + " ", False: look("no") + " "}.get(sample.ok, "")
-        head.append((f"{sign}reward {num(sample.reward)}   ", look.teal if sample.ok else look.orange))
+        colour = look.teal if sample.ok else look.orange
+        head.append((f"{sign}reward {num(sample.reward)}   ", colour))
+    shown, total = sum(when <= t for when in sample.rev), sample.decoded
     entropy = num(sample.ent[t]) if 0 <= t < len(sample.ent) else "-"
-    tokens = f"{shown}/{len(sample.rev) if sample.live else sample.decoded} tokens"
+    tokens = f"{shown}/{len(sample.rev) if sample.live else total} tokens"
     head.append((f"step {t}/{sample.T - 1}   {tokens}   H {entropy}", look.dim))
-    k = sample.sel.index(t) if t in sample.sel else -1
+    if t in sample.sel:
+        k = sample.sel.index(t)
+    guess = sample.x0[k] if view.guess and 0 <= k < len(sample.x0) else ()
+    short = sum(token_widths(sample, look)) + 10 <= width
 
     def draw(w: int, h: int) -> list[Row]:
         question, wide = clean(sample.prompt).replace("\n", " "), max(1, w - 3)
@@ -1234,9 +1245,9 @@ def trajectory(view: View, log: Log, sample: Sample | None, width: int, height: 
             hint = "   x shows the guess" if k < len(sample.x0) and not view.guess else ""
             rows.append([(f"{look('sel')} chosen  ", f"bold {look.mark}"), *credit(sample, k, look),
                          (hint, look.dim)])
-        guess = sample.x0[k] if view.guess and 0 <= k < len(sample.x0) else ()
-        return rows + [[]] * (h > 8 and k < 0) + prose(
-            sample, t, w, max(1, h - len(rows) - (h > 8 and k < 0)), look, view.colour, guess)
+        elif h > 8:
+            rows.append([])
+        return rows + prose(sample, t, w, max(1, h - len(rows)), look, view.colour, guess)
 
     block_size = log.run.size("block")
     wide = 0 if short or width < 80 else min(9 + (block_size or 32), width // 2)
@@ -1252,7 +1263,8 @@ def overview(view: View, logs: Sequence[Log], width: int, height: int) -> list[R
     log, look = logs[0], view.look
     if width < 60 or height < 14:  # one line per fact
         it = max(log.run.entropy, default=None)
-        first = [] if it is None else [[("entropy by step  ", look.dim), *spark(log.run.entropy[it], width - 17, look)]]
+        first = [] if it is None else [
+            [("entropy by step  ", look.dim), *spark(log.run.entropy[it], width - 17, look)]]
         return first + metric_rows(view, log, width, height - len(first))
     sample = on_screen(view, log)
     top = 7 if height < 36 else max(8, height // 5)
@@ -1275,45 +1287,44 @@ def comparison(view: View, logs: Sequence[Log], width: int, height: int) -> list
         for i, (log, colour) in enumerate(zip(logs, look.line_colours() * len(logs))):
             run, here = log.run, i == view.run
             score = run.evals[max(run.evals)]["accuracy"] if run.evals else None
-            rows.append([(f"{look('here') if here else ' '} ", look.fg), (look("full") * 2 + " ", colour),
-                         (f"{log.name[:28]:<28} ", f"bold {look.fg}" if here else look.fg),
-                         (f"{log.status()[0]:<9} {run.done:>5}/{run.size('iters'):<5} ", look.dim),
-                         (f"reward {num(run.latest('reward/mean')):>6}  eval {num(score):>6}", look.fg)])
+            rows.append([
+                (f"{look('here') if here else ' '} ", look.fg), (look("full") * 2 + " ", colour),
+                (f"{log.name[:28]:<28} ", f"bold {look.fg}" if here else look.fg),
+                (f"{log.status()[0]:<9} {run.done:>5}/{run.size('iters'):<5} ", look.dim),
+                (f"reward {num(run.latest('reward/mean')):>6}  eval {num(score):>6}", look.fg)])
         return rows[max(0, view.run - h + 1) :]
 
     def over(name: str, w: int, h: int) -> list[Row]:
         curves = curves_of(view, logs, name)
         return panel(name, lambda w, h: chart(curves, w, h, look, log=view.log), w, h, look)
 
-    rest, half = height - top, width // 2 if width >= 100 else width
-    if half == width:
-        charts = over("reward/mean", width, rest - rest // 2) + over("entropy/mean", width, rest // 2)
-    else:
-        charts = [row for names, h in ((("reward/mean", "eval"), rest - rest // 2),
-                                       (("entropy/mean", "entropy/sel"), rest // 2))
-                  for row in beside(over(names[0], width - half, h), over(names[1], half, h))]
-    return panel("runs", table, width, top, look) + charts
+    names = [["reward/mean", "eval"], ["entropy/mean", "entropy/sel"]]
+    across = 2 if width >= 100 else 1
+    rows = panel("runs", table, width, top, look)
+    for line, h in zip(names, (height - top - (height - top) // 2, (height - top) // 2)):
+        widths = [width // across] * (across - 1) + [width - width // across * (across - 1)]
+        rows += beside(*[over(name, w, h) for name, w in zip(line, widths)])
+    return rows
 
 
 def entropy_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
     """Every iteration's entropies as a row of colours; beside them, which steps were selected."""
     log, run, look = logs[view.run], logs[view.run].run, view.look
-    its, C = sorted(run.entropy), run.size("C")
+    its = sorted(run.entropy)
     it = max(its, default=None) if view.it is None else view.it
     below = 0 if height < 20 else min(11, height // 4)
     left, h = width * 5 // 8 if width >= 100 else width, height - below
-    every = run.size("T") * run.size("block") // C if C else 0
 
     def draw() -> list[Row]:
         data = [run.entropy[i] for i in its]
         high = max((max(finite(row), default=0.0) for row in data), default=0.0) or 1.0
-        rows = panel(f"entropy {look('sep')} iteration down, denoising step across", lambda w, h: carpet(
-            data, its, w, h, look, high, it=it, every=every), left, h, look, f"0 to {num(high)} nats")
-        if left == width:
-            return rows
         share = [[count / (run.rows[i] or 1) for count in run.chosen[i]] for i in its]
-        return beside(rows, panel("selected steps", lambda w, h: carpet(
-            share, its, w, h, look, 1.0, left=0, every=every), width - left, h, look, "share of samples"))
+        title = f"entropy {look('sep')} iteration down, denoising step across"
+        rows = panel(title, lambda w, h: carpet(data, its, w, h, look, high, it=it, every=run.block_steps),
+                     left, h, look, f"0 to {num(high)} nats")
+        return rows if left == width else beside(rows, panel(
+            "selected steps", lambda w, h: carpet(share, its, w, h, look, 1.0, left=0, every=run.block_steps),
+            width - left, h, look, "share of samples"))
 
     rows = log.once(draw, "carpet", run.updates, it, width, h, look)
     return rows + (strip_panel(replace(view, follow=True), log, None, width, below) if below else [])
