@@ -644,7 +644,7 @@ PLAIN = re.compile(r"-?\d{1,3}(?:,?\d{3}){0,9}(?:\.\d{1,30})?", re.ASCII)
 HOPELESS = re.compile(  # what takes forever to work out, or no answer looks like
     r"\^\s*(?:\{[^{}]*|[\w.(]+)\s*\^|\^[\s{(+-]*\d{4}|[)}]\s*\^[\s{(+-]*\d{3}"  # towers of powers
     r"|\d{3}\s*[)}]*\s*!|!\s*!"  # large factorials
-    r"|\\(?:sum|prod|int|lim|boxed)(?![a-z])|[-+*/]{4}|[({[]{6}|[^ -~\s]|[`#@\"]|<\W"  # not answers
+    r"|\\(?:sum|prod|int|lim|boxed)|[-+*/]{4}|[({[]{6}|[^ -~\s]|[`#@\"]|<\W"  # not answers
 )
 
 
@@ -871,7 +871,8 @@ def program(completion: str, answer: dict) -> str | None:
     code = code_block(completion)
     code = completion if code is None else code
     if "entry" in answer:
-        only_body = code[:1].isspace() and f"def {answer['entry']}" not in code
+        indented = code.strip() and code.lstrip("\r\n")[:1] in (" ", "\t")
+        only_body = indented and f"def {answer['entry']}" not in code
         code = (answer["prompt"] if only_body else answer["job"]["before"]) + code
     try:
         tree = parse(code)
