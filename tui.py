@@ -4,13 +4,13 @@
     python tui.py RUN [RUN ...]       one run, or several to compare
     python tui.py RUN --once          one frame as plain text (the default without a terminal)
 
-Nobody trains a masked diffusion model by its reward curve alone: the denoising is what is learned. So
-this shows which steps were uncertain, which of them got the gradient, and how the text appeared. It
-reads `events.jsonl` and writes nothing; it needs no tokenizer, no torch and no connection to the
-trainer, so it works on a copy, over ssh, or while rsync is still bringing the file.
+What a masked diffusion model learns is the denoising, and no reward curve shows it. So this shows
+which steps were uncertain, which of them got the gradient, and how the text appeared. It reads
+`events.jsonl` and writes nothing; it needs no tokenizer, no torch and no connection to the trainer,
+so it works on a copy, over ssh, or while rsync is still bringing the file.
 
 Three parts, top to bottom:
-  read   Tail (bytes of a growing file) -> Run (what the events add up to) -> Sample (one trajectory)
+  read   Tail (bytes of a growing file) -> Run (what its events add up to), Sample (a trajectory)
   draw   pure functions: data, width and height in, rows of styled text out; `frame` draws a screen
   app    keys change a View; one Textual widget shows the frame and repaints the cells that differ
 
@@ -50,7 +50,7 @@ SCHEMA = 1  # the newest version of the event log this file knows
 class Tail:
     """The complete new lines of a growing file, by polling (works on NFS, sshfs and under rsync).
 
-    A torn last line waits for its newline. A hole of NUL bytes (a network file system that knows the
+    A torn last line waits for its newline. A hole of NUL bytes (a network file system may know the
     length before the bytes) waits for `patience` polls. A file that was replaced, truncated, or
     truncated and grown again (its first bytes tell) is read again from the start.
     """
@@ -60,7 +60,7 @@ class Tail:
         self.offset, self.inode, self.head, self.holes = 0, 0, b"", 0
 
     def read(self, limit: int = 1 << 20) -> tuple[bool, list[tuple[int, bytes]]]:
-        """(started over?, [(offset, line)]) of at most `limit` bytes; nothing if there is no file."""
+        """(started over?, [(offset, line)]) of `limit` bytes at most, none if there is no file."""
         try:
             file = os.open(self.path, os.O_RDONLY)
         except FileNotFoundError:
@@ -138,6 +138,10 @@ class Series:
         self.cut(it)
         self.its.append(it)
         self.values.append(value)
+
+    def at(self, it: int) -> float | None:
+        i = bisect_left(self.its, it)
+        return self.values[i] if i < len(self.its) and self.its[i] == it else None
 
     def cut(self, it: int) -> None:
         """Forget iteration `it` and later."""
@@ -524,7 +528,7 @@ def cells(row: Row) -> int:
 
 
 def fit(row: Row, width: int) -> Row:
-    """Exactly `width` cells, cut (never half a wide character) or padded; like neighbours joined."""
+    """Exactly `width` cells, cut (never through a wide character) or padded; like styles joined."""
     out: Row = []
     for text, style in row:
         if out and out[-1][1] == style:
@@ -563,7 +567,7 @@ def labelled(labels: Iterable[tuple[int, str]], width: int) -> str:
 
 def panel(title: str, draw: Callable[[int, int], list[Row]] | str, width: int, height: int,
           look: Look, right: str = "", foot: str = "", hot: bool = False) -> list[Row]:
-    """A box around draw(width, height) or one line of text; no box where there is no room for it."""
+    """A box around draw(width, height) or a line of text; no box where there is no room for it."""
     if isinstance(draw, str):
         words, draw = draw, lambda w, h: [[(words, look.dim)]]
     if width < 24 or height < 4:
@@ -601,7 +605,9 @@ def num(value: float | None) -> str:
 def span(seconds: float) -> str:
     m, s = divmod(int(seconds), 60)
     h, m = divmod(m, 60)
-    return f"{h // 24} days" if h > 48 else f"{h}h{m:02}m" if h else f"{m}m{s:02}s" if m else f"{s}s"
+    if h:
+        return f"{h // 24} days" if h > 48 else f"{h}h{m:02}m"
+    return f"{m}m{s:02}s" if m else f"{s}s"
 
 
 def clean(text: str, look: Look | None = None) -> str:
@@ -1143,7 +1149,8 @@ def strip_panel(view: View, log: Log, sample: Sample | None, width: int, height:
         side = 26 if room >= 26 else 0
         weights = options.get("share") or [float(i in options["sel"]) for i in range(T)]
         total, kept = sum(finite(entropy)), sum(finite(a * b for a, b in zip(entropy, weights)))
-        facts = {"mean": f"{num(total / max(1, len(finite(entropy))))} nats", "chosen": f"{K} of {T}",
+        mean = num(total / max(1, len(finite(entropy))))
+        facts = {"mean": f"{mean} nats", "chosen": f"{K} of {T}",
                  "entropy kept": f"{kept / total:.0%}" if total else "-"}
         words = [[(f"{name:>13}  ", look.dim), (value, f"bold {look.fg}")]
                  for name, value in facts.items()]
@@ -1158,15 +1165,16 @@ def curves_of(view: View, logs: Sequence[Log], name: str) -> list[Curve]:
     """One metric: of one run, with the raw values behind it, or of each of several by name."""
     curves = []
     for log, colour in zip(logs, view.look.line_colours() * len(logs)):
-        series = log.run.series.get(name)
-        if name == "eval" and log.run.evals:
-            values = [e["accuracy"] for e in log.run.evals.values()]
-            curves.append(Curve(f"{log.name} {num(values[-1])}", list(log.run.evals), values, colour))
-        elif series and series.its:
-            soft = smooth(series.values, view.smooth)
+        series, values = log.run.series.get(name), []
+        if name == "eval":
+            its, values = list(log.run.evals), [e["accuracy"] for e in log.run.evals.values()]
+        elif series:
+            its, values = series.its, smooth(series.values, view.smooth)
             if view.smooth and len(logs) == 1:
-                curves.append(Curve("", series.its, series.values, colour, faint=True))
-            curves.append(Curve(f"{log.name} {num(soft[-1])}", series.its, soft, colour))
+                curves.append(Curve("", its, series.values, colour, faint=True))
+        if values:
+            label = f"{log.name} {num(values[-1])}" if len(logs) > 1 else ""
+            curves.append(Curve(label, its, values, colour))
     return curves
 
 
@@ -1188,9 +1196,9 @@ def reward_panel(view: View, log: Log, width: int, height: int) -> list[Row]:
 def metric_rows(view: View, log: Log, width: int, height: int) -> list[Row]:
     """One metric a row: name, last value, how it went. The last alert below."""
     run, look = log.run, view.look
-    names = [name for name in HEALTH if name in run.series]
-    names += [n for n in run.series if n not in HEALTH and not n.startswith(("reward/", "t/", "eta"))]
-    rows = []
+    names, rows = [name for name in HEALTH if name in run.series], []
+    names += [name for name in run.series if not name.startswith(("reward/", "t/", "eta"))]
+    names = list(dict.fromkeys(names))
     for name in names[: height - bool(run.alerts)]:
         values = run.series[name].values
         colour = look.fg if math.isfinite(values[-1]) else look.orange
@@ -1209,8 +1217,8 @@ def health_panel(view: View, log: Log, width: int, height: int) -> list[Row]:
 
 
 def trajectory(view: View, log: Log, sample: Sample | None, width: int, height: int) -> list[Row]:
-    """One completion as it was denoised: a film of all steps if it is short, else where (the mosaic)
-    and what (the text) was filled in by the step under the cursor."""
+    """One completion as it was denoised: a film of all steps if it is short; else where (mosaic)
+    and what (prose) had been filled in after the step under the cursor."""
     look = view.look
     if sample is None:
         return panel("denoising", "no sample logged yet", width, height, look)
@@ -1320,14 +1328,16 @@ def entropy_view(view: View, logs: Sequence[Log], width: int, height: int) -> li
         high = max((max(finite(row), default=0.0) for row in data), default=0.0) or 1.0
         share = [[count / (run.rows[i] or 1) for count in run.chosen[i]] for i in its]
         title = f"entropy {look('sep')} iteration down, denoising step across"
-        rows = panel(title, lambda w, h: carpet(data, its, w, h, look, high, it=it, every=run.block_steps),
+        every = run.block_steps
+        rows = panel(title, lambda w, h: carpet(data, its, w, h, look, high, it=it, every=every),
                      left, h, look, f"0 to {num(high)} nats")
-        return rows if left == width else beside(rows, panel(
-            "selected steps", lambda w, h: carpet(share, its, w, h, look, 1.0, left=0, every=run.block_steps),
-            width - left, h, look, "share of samples"))
+        if left < width:
+            rows = beside(rows, panel("selected steps", lambda w, h: carpet(
+                share, its, w, h, look, 1.0, left=0, every=every), width - left, h, look, "share"))
+        return rows
 
     rows = log.once(draw, "carpet", run.updates, it, width, h, look)
-    return rows + (strip_panel(replace(view, follow=True), log, None, width, below) if below else [])
+    return rows + (strip_panel(view, log, None, width, below) if below else [])
 
 
 def trajectory_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
@@ -1356,7 +1366,7 @@ def samples_view(view: View, logs: Sequence[Log], width: int, height: int) -> li
 
     def table(w: int, h: int) -> list[Row]:
         at = keys.index(here) if here in keys else 0
-        rows = [[(f"  {'it':>5} {'prompt':>6} {'g':>3}   {'reward':>7} {'adv':>6} {'len':>4}  ", look.dim)]]
+        rows = [[(f"  {'it':>5} {'prompt':>6} {'g':>3}    reward    adv  len", look.dim)]]
         for key in keys[max(0, min(at - h // 2, len(keys) - h + 1)) :][: h - 1]:
             sample = log.sample(*key) or Sample(*key)
             sign = {True: look("yes"), False: look("no")}.get(sample.ok, "")
@@ -1364,25 +1374,26 @@ def samples_view(view: View, logs: Sequence[Log], width: int, height: int) -> li
             adv = num(statistics.fmean(adv)) if adv else "-"
             parts = " ".join(f"{name} {num(number(value))}" for name, value in sample.rw.items())
             style = f"bold {look.fg}" if key == here else look.dim
-            rows.append([(f"{look('here') if key == here else ' '} ", look.sky),
-                         (f"{sample.it:>5} {sample.p:>6} {sample.g:>3} ", style),
-                         (f"{sign:>1} {num(sample.reward):>7}", look.teal if sample.ok else look.orange),
-                         (f" {adv:>6} {sample.len:>4}  {parts}  ", style),
-                         (" ".join(clean("".join(sample.tok)).split()), style)])
+            rows.append([
+                (f"{look('here') if key == here else ' '} ", look.sky),
+                (f"{sample.it:>5} {sample.p:>6} {sample.g:>3} ", style),
+                (f"{sign:>1} {num(sample.reward):>7}", look.teal if sample.ok else look.orange),
+                (f" {adv:>6} {sample.len:>4}  {parts}  ", style),
+                (" ".join(clean("".join(sample.tok)).split()), style)])
         return rows if keys else [[("no sample", look.dim)]]
 
     rows = panel("samples", table, width, height - below, look, f"{len(keys)} by {view.sort}")
     sample = log.sample(*here) if here else None
     if not below or sample is None:
         return rows
-    same = log.group(sample)
+    same, columns = log.group(sample), []
     shown = same[max(0, same.index(sample) - 3) :][: max(1, min(4, width // 30))]
-    columns = []
-    for i, other in enumerate(shown):
+    for i, one in enumerate(shown):
         w = width * (i + 1) // len(shown) - width * i // len(shown)
-        columns.append(panel(f"sample {other.s} {look('sep')} reward {num(other.reward)}",
-                             lambda w, h, other=other: prose(other, other.T, w, h, look, view.colour),
-                             w, below, look, hot=other is sample))
+        columns.append(panel(
+            f"sample {one.s} {look('sep')} reward {num(one.reward)}",
+            lambda w, h, one=one: prose(one, one.T, w, h, look, view.colour), w, below, look,
+            hot=one is sample))
     return rows + beside(*columns)
 
 
@@ -1391,27 +1402,25 @@ def metric_names(view: View, logs: Sequence[Log]) -> list[str]:
     names = list(dict.fromkeys(name for log in logs for name in log.run.series))
     if view.filter:
         return [name for name in names if view.filter.lower() in name.lower()]
-    return [name for name in CURATED if name in names] + [name for name in names if name not in CURATED]
+    return list(dict.fromkeys([name for name in CURATED if name in names] + names))
 
 
 def curves_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
     look, names = view.look, metric_names(view, logs)
     if not names:
-        return panel("curves", "no metric matches" if view.filter else "waiting for the first update",
-                     width, height, look)
+        words = "no metric matches" if view.filter else "waiting for the first update"
+        return panel("curves", words, width, height, look)
     pick = min(view.pick, len(names) - 1)
 
     def one(name: str, w: int, h: int) -> list[Row]:
         curves, cursor = curves_of(view, logs, name), None
-        if len(logs) == 1:
-            curves = [replace(curve, label="") for curve in curves]
         right = num(logs[view.run].run.latest(name))
         if view.zoom and curves:
             cursor = curves[-1].its[-1] if view.it is None else view.it
-            at = [c.values[min(bisect_left(c.its, cursor), len(c.its) - 1)] for c in curves if not c.faint]
+            at = [c.values[min(bisect_left(c.its, cursor), len(c.its) - 1)] for c in curves]
             right = f"at {cursor}: {'   '.join(map(num, at))}"
-        return panel(name, lambda w, h: chart(curves, w, h, look, log=view.log, cursor=cursor), w, h, look,
-                     right, hot=name == names[pick])
+        return panel(name, lambda w, h: chart(curves, w, h, look, log=view.log, cursor=cursor),
+                     w, h, look, right, hot=name == names[pick])
 
     def page() -> list[Row]:
         if view.zoom:
@@ -1425,46 +1434,53 @@ def curves_view(view: View, logs: Sequence[Log], width: int, height: int) -> lis
             rows += block(beside(*line), width, h)
         return rows
 
-    return logs[0].once(page, "curves", *(log.run.updates for log in logs), width, height, look, pick, view.zoom,
-                        view.it, view.smooth, view.log, view.filter, view.run)
+    seen = (view.zoom, view.it, view.smooth, view.log, view.filter, view.run, look, pick)
+    return logs[0].once(page, *(log.run.updates for log in logs), width, height, *seen)
 
 
 def run_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
+    """Where the run is, how far, how fast and with which settings; its alerts and last events."""
     log, look = logs[view.run], view.look
     run, meta, (state, age) = log.run, log.run.meta, log.status()
-    facts = {"state": f"{state}, last event {span(age)} ago", "log": log.path, "model": meta.get("model"),
-             "task": meta.get("task"), "machine": f"{meta.get('host')}, process {meta.get('pid')}",
-             "git": meta.get("git"), "command": " ".join(map(str, meta.get("argv") or [])),
-             "updates": f"{run.done} of {run.size('iters')}",
-             "sizes": "  ".join(f"{name} {run.size(name)}" for name in ("T", "K", "C", "block", "N", "G")),
-             "checkpoint": run.ckpt.get("path"), "error": (run.end or {}).get("err"),
-             "events": f"{run.lines} lines, {run.bad} unreadable, {sum(map(len, run.samples.values()))} samples"}
+    sizes = "  ".join(f"{name} {run.size(name)}" for name in ("T", "K", "C", "block", "N", "G"))
+    facts = {
+        "state": f"{state}, last event {span(age)} ago", "log": log.path,
+        "model": meta.get("model"), "task": meta.get("task"),
+        "machine": f"{meta.get('host')}, process {meta.get('pid')}", "git": meta.get("git"),
+        "command": " ".join(map(str, meta.get("argv") or [])), "sizes": sizes,
+        "updates": f"{run.done} of {run.size('iters')}", "checkpoint": run.ckpt.get("path"),
+        "events": f"{run.lines} lines, {run.bad} unreadable", "error": (run.end or {}).get("err")}
     for it, e in list(run.evals.items())[-3:]:
         between = f" ({e['lo']:.1%} to {e['hi']:.1%})" if "lo" in e and "hi" in e else ""
         facts[f"eval at {it}"] = f"{e['accuracy']:.1%}{between} of {e['n']} {e['split']}"
-    left = [[(f"{name:<11} ", look.dim), (clean(str(value)), look.fg)] for name, value in facts.items() if value]
-    times = {name[2:]: run.latest(name) for name in run.series if name.startswith("t/") and name != "t/total"}
+
+    def table(pairs: dict) -> list[Row]:
+        return [[(f"{name:<13} ", look.dim), (clean(str(value)), look.fg)]
+                for name, value in pairs.items() if value not in (None, "")]
+
+    left = table(facts)
+    times = {n[2:]: run.latest(n) for n in run.series if n.startswith("t/") and n != "t/total"}
     total = sum(finite(times.values())) or 1.0
     for name, value in times.items():
         share = value / total if math.isfinite(value) else 0.0
-        left.append([(f"{name:<11} ", look.dim), (f"{num(value):>6} s ", look.fg),
+        left.append([(f"{name:<13} ", look.dim), (f"{num(value):>6} s ", look.fg),
                      (look("full") * round(20 * share), look.sky)])
-    config = [[(f"{name:<14} ", look.dim), (clean(str(value)), look.fg)]
-              for name, value in (meta.get("cfg") or {}).items()]
+    cfg = meta.get("cfg") if isinstance(meta.get("cfg"), dict) else {}
     news = [[(f"it {it:>4} {level:<5} ", look.dim), (clean(message), look.orange)]
             for it, level, message in reversed(run.alerts)]
     tail = [[(clean(line.decode(errors="replace")), look.dim)] for line in reversed(run.recent)]
     below, wide = height * 2 // 5, width * 5 // 8 if width >= 80 else width
-    top = panel("run", lambda w, h: left[view.pick if wide == width else 0 :], wide, height - below, look)
+    skip, h = view.pick, height - below
+    rows = panel("run", lambda w, h: left[skip if wide == width else 0 :], wide, h, look)
     if wide < width:
-        top = beside(top, panel("config", lambda w, h: config[view.pick :], width - wide, height - below, look))
-    return top + panel(f"alerts ({len(run.alerts)}) and the last events", lambda w, h: news[: h // 2] + tail,
-                       width, below, look)
+        rows = beside(rows, panel("config", lambda w, h: table(cfg)[skip:], width - wide, h, look))
+    return rows + panel(f"alerts ({len(news)}) and the last events",
+                        lambda w, h: news[: h // 2] + tail, width, below, look)
 
 
 KEYS = {
     "1-6, tab": "overview, entropy, trajectory, samples, curves, run; tab goes round",
-    "left right, h l": "denoising step; with shift (H L) ten; iteration under the cursor of a zoomed chart",
+    "left right, h l": "denoising step, ten with shift (H L); in a zoomed chart the iteration",
     "home end, 0 $": "first and last of them",
     "n N": "next and previous selected step; in 2, 5 and 6 the next and previous alert",
     "space, < >": "play the denoising; slower, faster",
@@ -1486,7 +1502,8 @@ KEYS = {
 
 def help_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
     look = view.look
-    rows = [[(f"{keys:<16} ", f"bold {look.orange}"), (words, look.fg)] for keys, words in KEYS.items()]
+    rows = [[(f"{keys:<16} ", f"bold {look.orange}"), (words, look.fg)]
+            for keys, words in KEYS.items()]
     return panel("keys", lambda w, h: rows[view.pick :], width, height, look)
 
 
@@ -1521,8 +1538,9 @@ def svg(rows: Sequence[Row], look: Look) -> str:
         out.append(f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" fill="{colour}" '
                    'shape-rendering="crispEdges"/>')
 
-    def dots(places: Iterable[tuple[float, float]], r: float, colour: str) -> None:
-        out.extend(f'<circle cx="{x:g}" cy="{y:g}" r="{r}" fill="{colour}"/>' for x, y in places)
+    def dots(at: Iterable[tuple[float, float]], x: float, y: float, r: float, colour: str) -> None:
+        out.extend(f'<circle cx="{x + W * i:g}" cy="{y + H * j:g}" r="{r}" fill="{colour}"/>'
+                   for i, j in at)
 
     def shape(c: str, x: float, y: float, colour: str) -> bool:
         """Draw a character at x, y; False if it is one for the font."""
@@ -1534,11 +1552,11 @@ def svg(rows: Sequence[Row], look: Look) -> str:
                 if QUADRANT.index(c) >> bit & 1:
                     rect(x + W / 2 * (bit % 2), y + H / 2 * (bit // 2), W / 2, H / 2, colour)
         elif 0x2800 <= code <= 0x28FF:
-            dots([(x + W * (2 * i + 1) / 4, y + H * (2 * j + 1) / 8) for i in (0, 1) for j in range(4)
-                  if (code - 0x2800) & BRAILLE[j][i]], 1.7, colour)
+            dots([(i / 4, j / 8) for i in (1, 3) for j in (1, 3, 5, 7)
+                  if (code - 0x2800) & BRAILLE[j // 2][i // 2]], x, y, 1.7, colour)
         elif c == "░":
-            dots([(x + W * (4 * i + 1 + 2 * (j % 2)) / 8, y + 3 + 4 * j) for i in (0, 1) for j in range(4)],
-                 0.8, colour)
+            dots([((i + j // 2 % 2 * 2) / 8, j / 8) for i in (1, 5) for j in (1, 3, 5, 7)],
+                 x, y, 0.8, colour)
         elif c in arcs:
             out.append(f'<path d="{arcs[c]}" transform="translate({x:g} {y:g})" stroke="{colour}" '
                        f'stroke-width="{3 if c == "━" else 1}" fill="none"/>')
@@ -1558,13 +1576,16 @@ def svg(rows: Sequence[Row], look: Look) -> str:
                 drawn = shape(c, x * W, y * H, colour)
                 x, rest = x + cell_len(c), rest + (" " * cell_len(c) if drawn else c)
             if rest.strip():
-                weight = ' font-weight="bold"' * ("bold" in words) + ' font-style="italic"' * ("italic" in words)
-                out.append(f'<text x="{start * W}" y="{y * H + 13.5}" fill="{colour}"{weight} '
-                           f'textLength="{cell_len(rest) * W}">{escape(rest)}</text>')
+                weight = ' font-weight="bold"' * ("bold" in words)
+                slant = ' font-style="italic"' * ("italic" in words)
+                out.append(f'<text x="{start * W}" y="{y * H + 13.5}" fill="{colour}" '
+                           f'textLength="{cell_len(rest) * W}"{weight}{slant}>{escape(rest)}</text>')
     w, h = max(map(cells, rows), default=0) * W + 16, len(rows) * H + 16
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-8 -8 {w} {h}" width="{w}" height="{h}" '
-            'font-family="DejaVu Sans Mono, Menlo, Consolas, monospace" font-size="15" xml:space="preserve">'
-            f'<rect x="-8" y="-8" width="{w}" height="{h}" rx="8" fill="{look.bg}"/>{"".join(out)}</svg>\n')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{w}" height="{h}" '
+            f'viewBox="-8 -8 {w} {h}" font-size="15" xml:space="preserve" '
+            'font-family="DejaVu Sans Mono, Menlo, Consolas, monospace">'
+            f'<rect x="-8" y="-8" width="{w}" height="{h}" rx="8" fill="{look.bg}"/>'
+            f'{"".join(out)}</svg>\n')
 
 
 def save(view: View, logs: Sequence[Log], width: int, height: int) -> str:
@@ -1582,6 +1603,11 @@ def save(view: View, logs: Sequence[Log], width: int, height: int) -> str:
 # ==== app =========================================================================================
 
 
+FAR = 10**9
+ACROSS = {"left": -1, "h": -1, "shift+left": -10, "H": -10, "home": -FAR, "0": -FAR,
+          "right": 1, "l": 1, "shift+right": 10, "L": 10, "end": FAR, "$": FAR}
+
+
 def press(view: View, key: str, logs: Sequence[Log]) -> str:
     """What a key does to the view; returns "quit" or "save" for what is not the view's to do."""
     log, run, view.note = logs[view.run], logs[view.run].run, ""
@@ -1590,9 +1616,7 @@ def press(view: View, key: str, logs: Sequence[Log]) -> str:
         view.filter = "" if key == "escape" else view.filter[:-1] if key == "backspace" else (
             view.filter + {"space": " "}.get(key, key if len(key) == 1 else ""))
         return ""
-    far = 10**9
-    across = {"left": -1, "h": -1, "right": 1, "l": 1, "shift+left": -10, "H": -10, "shift+right": 10,
-              "L": 10, "home": -far, "0": -far, "end": far, "$": far}.get(key, 0)
+    across = ACROSS.get(key, 0)
     down = {"up": -1, "k": -1, "down": 1, "j": 1}.get(key, 0)
     page = {"pageup": -1, "K": -1, "pagedown": 1, "J": 1}.get(key, 0)
     charts = view.number == 5
@@ -1600,7 +1624,8 @@ def press(view: View, key: str, logs: Sequence[Log]) -> str:
         case _ if down and (view.help or view.number == 6):
             view.pick = max(0, view.pick + down)
         case _ if (across or down) and charts and not view.zoom:
-            view.pick = max(0, min(view.pick + across + 3 * down, len(metric_names(view, logs)) - 1))
+            last = len(metric_names(view, logs)) - 1
+            view.pick = max(0, min(view.pick + across + 3 * down, last))
         case _ if page or across and charts or down and view.number == 2:
             go_iteration(view, log, page or across or down)
         case _ if down and view.number == 1 and len(logs) > 1:
@@ -1616,11 +1641,11 @@ def press(view: View, key: str, logs: Sequence[Log]) -> str:
             view.number = (view.number - (0 if key == "tab" else 2)) % 6 + 1
             view.zoom, view.help, view.pick = False, False, 0
         case "n" | "N" if view.number in (2, 5, 6):
-            here = run.it if view.it is None else view.it
-            its = sorted({it for it, _, _ in run.alerts if (it > here if key == "n" else it < here)})
-            if its:
-                view.it, view.follow = its[0 if key == "n" else -1], False
-                view.note = next(f"it {it}: {words}" for it, _, words in run.alerts if it == view.it)
+            here, ahead = run.it if view.it is None else view.it, key == "n"
+            alerts = [a for a in run.alerts if (a[0] > here if ahead else a[0] < here)]
+            if alerts:
+                view.it, _, words = min(alerts) if ahead else max(alerts)
+                view.note, view.follow = f"it {view.it}: {words}", False
         case "n" | "N":
             sample = stay(view, log)
             if sample and sample.sel:
@@ -1749,9 +1774,10 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
         def render_line(self, y: int) -> Strip:
             line = self.app.lines[y] if y < len(self.app.lines) else []
             line = line[self.region.x : self.region.right]
-            base = f"{view.look.fg} on {view.look.bg} "
-            return Strip([Segment("".join(c for c, _ in group), Style.parse(base) + Style.parse(style))
-                          for style, group in itertools.groupby(line, key=lambda cell: cell[1])])
+            base = Style.parse(f"{view.look.fg} on {view.look.bg}")
+            runs = itertools.groupby(line, key=lambda cell: cell[1])
+            return Strip([Segment("".join(c for c, _ in group), base + Style.parse(style))
+                          for style, group in runs])
 
     class Monitor(App):
         """Keys and time change the view and the logs; `draw` shows them."""
@@ -1798,20 +1824,22 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
                     one.refresh()
                 return
             for one, start, end in zip(slices, [0, *edges], edges):
-                regions = [Region(0, y, end - start, 1) for y, (a, b) in enumerate(zip(before, self.lines))
-                           if a is not b and a[start:end] != b[start:end]]
-                if regions:
-                    one.refresh(*regions)
+                lines = [y for y, (a, b) in enumerate(zip(before, self.lines))
+                         if a is not b and a[start:end] != b[start:end]]
+                if lines:
+                    one.refresh(*(Region(0, y, end - start, 1) for y in lines))
 
-        def news(self) -> tuple:
-            """What makes a new frame necessary, keys apart."""
-            return tuple((log.run.lines, *(status := log.status())[:1], status[1] >= 5 and int(status[1]))
-                         for log in logs)
+        def news(self) -> list[tuple]:
+            """What makes a new frame necessary, keys apart: events, states, and their age."""
+            states = [log.status() for log in logs]
+            return [(log.run.lines, state, int(age) if age >= 5 else 0)
+                    for log, (state, age) in zip(logs, states)]
 
         def pump(self) -> None:
             """Read what is new, for 40 ms at most, and show it; go on at once if there is more."""
             behind = any([log.poll() for log in logs])
-            if (self.news(),) != self.shown[:1] and not (behind and time.monotonic() < self.drawn + 0.5):
+            hurry = behind and time.monotonic() < self.drawn + 0.5
+            if not hurry and self.shown[:1] != (self.news(),):
                 self.draw()
             if behind and hz:
                 self.set_timer(0.01, self.pump)
@@ -1849,7 +1877,7 @@ def find(name: str | None) -> Path:
     if name is None:
         logs = sorted(Path("runs").glob("*/events.jsonl"), key=lambda path: path.stat().st_mtime)
         if not logs:
-            raise FileNotFoundError("no run under runs/: start one with `python egspo.py` or name a run folder")
+            raise FileNotFoundError("no run in runs/: start `python egspo.py` or name a run folder")
         return logs[-1]
     path = Path(name)
     if not path.exists():
@@ -1862,14 +1890,15 @@ def summary(log: Log) -> dict:
     run, (state, age) = log.run, log.status()
 
     def safe(values: dict) -> dict:
-        return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        floats = {name: v for name, v in values.items() if isinstance(v, float)}
+        return values | {name: str(v) for name, v in floats.items() if not math.isfinite(v)}
 
     return {"run": log.name, "log": str(log.path), "status": state, "age_s": round(age, 1),
             "it": run.it, "done": run.done, "iters": run.size("iters"), "phase": run.phase,
             "task": run.meta.get("task"), "model": run.meta.get("model"),
             "metrics": safe({name: run.latest(name) for name in run.series}),
-            "evals": {it: safe(e) for it, e in run.evals.items()}, "checkpoint": run.ckpt.get("path"),
-            "alerts": run.alerts[-20:], "lines": run.lines, "bad_lines": run.bad}
+            "evals": {it: safe(e) for it, e in run.evals.items()}, "alerts": run.alerts[-20:],
+            "checkpoint": run.ckpt.get("path"), "lines": run.lines, "bad_lines": run.bad}
 
 
 def follow(log: Log, hz: float) -> None:
@@ -1879,10 +1908,10 @@ def follow(log: Log, hz: float) -> None:
         behind, run, lines = log.poll(), log.run, []
         names = [name for name in HEALTH if name in run.series][:8]
         for it in run.series[names[0]].its if names else ():
-            at = {name: bisect_left(run.series[name].its, it) for name in names}
-            lines.append((it, 1, "  ".join(f"{name} {num(run.series[name].values[i])}" for name, i in at.items()
-                                           if i < len(run.series[name].its))))
-        lines += [(it, 0, f"eval  accuracy {e['accuracy']:.1%} of {e['n']}") for it, e in run.evals.items()]
+            words = [f"{name} {num(run.series[name].at(it))}" for name in names]
+            lines.append((it, 1, "  ".join(words)))
+        for it, e in run.evals.items():
+            lines.append((it, 0, f"eval  accuracy {e['accuracy']:.1%} of {e['n']}"))
         lines += [(it, 2, f"{level}  {words}") for it, level, words in run.alerts]
         for line in sorted(set(lines) - told):
             print(f"it {line[0]:>5}  {line[2]}", flush=True)
@@ -1896,23 +1925,22 @@ def follow(log: Log, hz: float) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="tui.py", description="Watch a training run, or look at one that is over; several to compare.",
+        prog="tui.py", description="Watch a training run, look at one that is over, compare several.",
         epilog="Exit codes: 0 fine, 2 no such run, 3 the log is newer than this program.")
     add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="run folder or events.jsonl (default: the newest under runs/)")
+    add("runs", nargs="*", metavar="RUN", help="folder or events.jsonl (default: newest in runs/)")
     add("--once", action="store_true", help="print one frame (the default without a terminal)")
     add("--plain", action="store_true", help="one line per iteration, like tail -f")
     add("--json", action="store_true", help="the last state as JSON")
-    add("--list", action="store_true", help="all runs under RUN (default runs/) and their state")
+    add("--list", action="store_true", help="all runs in the folder RUN (default runs/)")
     add("--svg", metavar="FILE", type=Path, help="write one frame as a picture")
-    add("--replay", type=float, default=0.0, metavar="SPEED", help="show a log as if it was being written")
-    add("--serve", nargs="?", type=int, const=8000, metavar="PORT", help="the same in a browser, on 127.0.0.1")
-    add("--view", default="1", choices=[*VIEWS, *"123456"], metavar="VIEW", help=f"{', '.join(VIEWS)}, or 1-6")
+    add("--replay", type=float, default=0.0, metavar="SPEED", help="a log as if being written")
+    add("--serve", nargs="?", type=int, const=8000, metavar="PORT", help="in a browser at 127.0.0.1")
+    add("--view", default="1", choices=[*VIEWS, *"123456"], metavar="VIEW", help=", ".join(VIEWS))
     add("--it", type=int, help="open at this iteration ...")
     add("--sample", type=int, help="... this sample of it ...")
     add("--step", type=int, help="... and this denoising step")
     add("--guess", action="store_true", help="show the one-step completions, like key x")
-    add("--size", metavar="WxH", help="of a frame that goes not to a terminal (default: COLUMNS x LINES)")
     add("--hz", type=float, default=4.0, help="looks at the log a second (default 4)")
     add("--palette", default="viridis", choices=PALETTES)
     add("--ascii", action="store_true", help="nothing but ASCII")
@@ -1922,10 +1950,11 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
+    streams = (sys.__stdin__, sys.__stdout__, sys.__stderr__)
+    terminal = all(stream.isatty() for stream in streams) and not os.environ.get("CI")
+    terminal = terminal and os.environ.get("TERM", "dumb") != "dumb"
     asked = args.once or args.plain or args.json or args.list or args.svg
-    screen = all(stream.isatty() for stream in (sys.__stdin__, sys.__stdout__, sys.__stderr__)) and (
-        os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("CI"))
-    live = not asked and (screen or args.serve or "TEXTUAL_DRIVER" in os.environ)
+    live = not asked and (terminal or args.serve or "TEXTUAL_DRIVER" in os.environ)
     try:
         paths = [find(name) for name in args.runs or [None]] if not args.list else sorted(
             Path(args.runs[0] if args.runs else "runs").glob("*/events.jsonl"))
@@ -1938,31 +1967,33 @@ def main() -> int:
     if args.serve:
         from textual_serve.server import Server
         words = [word for word in sys.argv[1:] if word not in ("--serve", str(args.serve))]
-        Server(shlex.join([sys.executable, __file__, *words]), "127.0.0.1", args.serve).serve()
+        command = shlex.join([sys.executable, __file__, *words])
+        Server(command, "127.0.0.1", args.serve, title="tui.py").serve()
         return 0
-    utf = (sys.stdout.encoding or "").lower().startswith("utf")
-    look = Look(args.palette, "ascii" if args.ascii or not utf else "braille",
+    encoding = sys.stdout.encoding or "ascii"
+    ascii_only = args.ascii or not encoding.lower().startswith("utf")
+    look = Look(args.palette, "ascii" if ascii_only else "braille",
                 args.light or os.environ.get("COLORFGBG", "").endswith(";15"))
-    at = (args.it, args.sample, args.step)
-    view = View(number=VIEWS.index(args.view) + 1 if args.view in VIEWS else int(args.view), it=args.it,
-                s=args.sample or 0, t=args.step, follow=at == (None,) * 3, guess=args.guess, look=look)
+    number = VIEWS.index(args.view) + 1 if args.view in VIEWS else int(args.view)
+    view = View(number, args.it, args.sample or 0, args.step, guess=args.guess, look=look)
+    view.follow = args.it is None and args.sample is None and args.step is None
     logs = [Log(path, args.replay, patience=20 if live else 0) for path in paths]
     for log in logs:
         while log.poll(0.05) and not live:
             pass
     if any(log.run.newer for log in logs):
-        print(f"the log is newer than this program, which knows version {SCHEMA}: update tui.py", file=sys.stderr)
+        print(f"the log is newer than version {SCHEMA}, which tui.py knows: update", file=sys.stderr)
         return 3
-    size = tuple(map(int, args.size.split("x"))) if args.size else shutil.get_terminal_size((120, 40))
+    size = shutil.get_terminal_size((120, 40))
     if live:
         app = make_app(logs, view, args.hz)
         signal.signal(signal.SIGTERM, lambda *_: app.exit())  # the terminal is put back in order
         app.run()
     elif args.list:
         for log in logs:
-            state, age = log.status()
-            print(f"{state:<9} {log.run.done:>6}/{log.run.size('iters'):<6} reward "
-                  f"{num(log.run.latest('reward/mean')):>6}  {span(age):>8} ago  {log.path.parent}")
+            (state, age), run = log.status(), log.run
+            print(f"{state:<9} {run.done:>6}/{run.size('iters'):<6} reward "
+                  f"{num(run.latest('reward/mean')):>6}  {span(age):>8} ago  {log.path.parent}")
     elif args.json:
         print(json.dumps(summary(logs[0]), allow_nan=False))
     elif args.plain:
@@ -1970,7 +2001,7 @@ def main() -> int:
     elif args.svg:
         args.svg.write_text(svg(frame(view, logs, *size), look), encoding="utf-8")
     else:
-        print(plain(frame(view, logs, *size)).encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
+        print(plain(frame(view, logs, *size)).encode(encoding, "replace").decode(encoding))
     return 0
 
 

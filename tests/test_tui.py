@@ -597,7 +597,7 @@ def test_scripts_get_json_a_list_lines_and_pictures(runs, tmp_path):
     assert listed.count("finished") == 2 and str(runs / "live") in listed
     told = run(runs / "sudoku", "--plain").stdout.splitlines()
     assert sum("reward/mean" in line for line in told) == 24 and told[-1] == "finished after 24 updates"
-    assert run(runs / "sudoku", "--svg", tmp_path / "a.svg", "--size", "90x25").returncode == 0
+    assert run(runs / "sudoku", "--svg", tmp_path / "a.svg").returncode == 0
     assert (tmp_path / "a.svg").read_text().startswith("<svg")
 
 
