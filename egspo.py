@@ -85,11 +85,14 @@ class Config:
 
     task: str = "sudoku"  # what to learn: sudoku countdown toycode gsm8k math humaneval mbpp
     model: str = "GSAI-ML/LLaDA-8B-Instruct"  # a folder, a hub id, or tiny (embedded)
+    revision: str = ""  # commit, tag or branch of a hub id
     out: str = ""  # run folder (default: runs/<task>-<model>-<time>)
     steps: int = 1000  # optimizer's outer steps: one rollout each
     seed: int = 0
     resume: bool = False  # continue the run in --out
     eval_only: bool = False  # evaluate --model on the test split and stop
+    dry_run: bool = False  # print parameters, memory and FLOPs from the shapes, and stop
+    merge: bool = False  # write --model with its adapter folded in to --out, and stop
     eval_every: int = 50  # steps between evaluations on the validation split
     eval_n: int = 0  # problems of an evaluation; 0: the whole split
     lengths: tuple[int, ...] = ()  # with --eval-only: completion lengths, 2 tokens a step
@@ -126,6 +129,7 @@ class Config:
     quantize: Literal["none", "nf4", "int8"] = "none"  # of the frozen base, with --lora-r
     precision: Literal["auto", "bf16", "float32"] = "auto"  # auto: bf16 where the hardware has it
     compile: bool = True  # torch.compile the transformer's blocks
+    checkpointing: bool = True  # recompute each block in backward: less memory, 1/3 more time
 
     data_dir: str = ""  # look here for data sets before the hub
     train_set: str = ""  # humaneval and mbpp learn from kodcode (default) or mbpp
@@ -175,7 +179,7 @@ class Config:
 # What a small model wants instead of the paper's settings for an 8B one
 SMALL = dict(
     steps=25, eval_every=5, save_every=5, B=16, C=24, T=12, block=24, K=4, lr=1e-3, warmup=2,
-    max_grad_norm=1.0, micro=128, lora_r=0, beta=0.01, weight_decay=0.0,
+    max_grad_norm=1.0, micro=128, lora_r=0, checkpointing=False, beta=0.01, weight_decay=0.0,
 )  # fmt: skip
 
 
@@ -250,8 +254,8 @@ def draw(policy: nn.Module, h_NJD: Tensor, u_NJ: Tensor | None, temperature: flo
 
 
 def slabs(rows: int, positions: int, vocabulary: int) -> list[slice]:
-    """Cut rows so that no slab's logits pass 2^26 numbers (256 MiB): memory without a knob."""
-    size = max(1, 2**26 // (positions * vocabulary))
+    """Cut rows so that no slab's logits pass 2^24 numbers (64 MiB): memory without a knob."""
+    size = max(1, 2**24 // (positions * vocabulary))
     return [slice(i, i + size) for i in range(0, rows, size)]
 
 
@@ -949,6 +953,15 @@ def accelerate(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
     return net
 
 
+def freeze(net: nn.Module, cfg: Config, device: torch.device) -> None:
+    """Make a reference: its linear maps are stored as autocast reads them, in half the memory."""
+    net.requires_grad_(False)
+    if use_bf16(cfg, device):
+        for block in net.blocks:
+            for _, linear in model.linears(block):
+                linear.to(torch.bfloat16)
+
+
 def can_compile() -> bool:
     """Triton brings its own compiler; on a CPU torch.compile needs the machine's."""
     names = (os.environ.get("CXX", "g++"), "clang++")
@@ -1268,7 +1281,7 @@ def open_run(cfg: Config, ranks: Ranks, stop: StopSignal) -> tuple[Run, int]:
         reference = functools.partial(model.as_reference, policy)
     else:
         frozen = load_policy(cfg, cfg.model, ranks)[0] if checkpoint else copy.deepcopy(policy)
-        frozen.requires_grad_(False)
+        freeze(frozen, cfg, ranks.device)
         reference = functools.partial(contextlib.nullcontext, accelerate(frozen, cfg, ranks.device))
     optimizer, start = make_optimizer(policy, cfg), 0
     if checkpoint:
@@ -1297,26 +1310,37 @@ def load_problems(cfg: Config, split: str, most: int = 0) -> list[data.Problem]:
 
 
 def load_policy(cfg: Config, path: str, ranks: Ranks) -> tuple[nn.Module, object]:
-    """The network with its adapters and the ids it must never emit, and its tokenizer."""
-    from transformers import AutoTokenizer, logging
+    """The network with its adapters and the ids it must never emit, and its tokenizer.
 
-    logging.set_verbosity_error()  # it warns that it does not know the model; it need not
-    folder = HERE / "tiny" if path == "tiny" else Path(path)
+    A frozen base may be bf16. Weights that are trained stay float32 and are read as bf16 by
+    autocast: added to a bf16 weight, an update of 1e-6 of it would be rounded away.
+    """
     frozen = cfg.lora_r > 0
     dtype = torch.bfloat16 if frozen and use_bf16(cfg, ranks.device) else torch.float32
-    net = model.load(folder, ranks.device, dtype, quantize=cfg.quantize)
-    if cfg.lora_r > 0:
+    net = model.load(path, ranks.device, dtype, cfg.quantize, cfg.revision or None)
+    if cfg.lora_r > 0 and not model.adapters(net):
         torch.manual_seed(cfg.seed)  # the adapters start alike on all ranks
         model.add_lora(net, cfg.lora_r, cfg.lora_alpha)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    net.checkpointing = cfg.checkpointing
+    tokenizer = load_tokenizer(model.find_folder(path, cfg.revision or None), net.config.family)
     net.register_buffer("never_V", never_emitted(net, tokenizer).to(ranks.device), persistent=False)
     return net, tokenizer
 
 
+def load_tokenizer(folder: Path, family: str):
+    """Without remote code: Dream's own class is Qwen2's under another name."""
+    from transformers import AutoTokenizer, Qwen2Tokenizer, logging
+
+    logging.set_verbosity_error()  # it warns that it does not know the model; it need not
+    if family == "dream":
+        return Qwen2Tokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
 def never_emitted(net: nn.Module, tokenizer) -> Tensor:
-    """True for the mask, for padding that is not the end, and for rows beyond the tokenizer [V]."""
+    """True for the mask, for padding that is not the end, and for rows that are no token [V]."""
     c = net.config
-    never_V = torch.arange(c.vocab_size) >= len(tokenizer)
+    never_V = torch.arange(c.vocab_size) >= min(c.n_tokens, len(tokenizer))
     never_V[c.mask_id] = True
     if c.pad_id != c.eos_id:
         never_V[c.pad_id] = True
@@ -1363,6 +1387,79 @@ def evaluate_only(cfg: Config, ranks: Ranks) -> int:
         file = folder / f"test-{cfg.task}.json"
         file.write_text(json.dumps(compact(results), indent=1) + "\n")
         say(f"written: {file}")
+    return 0
+
+
+def forward_flops(net: nn.Module, L: int, positions: int) -> float:
+    """Of one row: each weight of a block times each token, attention, and the head where asked."""
+    c, weights = net.config, sum(w.numel() for w in net.blocks.parameters())
+    return 2 * weights * L + 4 * c.n_layers * c.d_model * L**2 + 2 * positions * c.d_model * c.vocab_size
+
+
+def plan(cfg: Config, bf16: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes at the peak by part, and FLOPs of an iteration by phase, from the shapes alone."""
+    folder = model.find_folder(cfg.model, cfg.revision or None)
+    net = model.from_config(folder, "meta")
+    wide, d_ff = 2 if bf16 else 4, net.blocks[0].up.out_features
+    if cfg.lora_r:
+        model.add_lora(net, cfg.lora_r, cfg.lora_alpha)
+    c = net.config
+    maps = sum(
+        (linear.base if cfg.lora_r else linear).weight.numel()
+        for block in net.blocks for _, linear in model.linears(block)
+    )  # fmt: skip
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    other = sum(p.numel() for p in net.parameters()) - maps - (trained if cfg.lora_r else 0)
+    P, R, S = cfg.P or 256, cfg.C // cfg.T, cfg.B * cfg.G * cfg.K
+    L, S = P + cfg.C, S if cfg.method == "egspo" else cfg.B * cfg.G
+    each = {"none": wide, "int8": 1, "nf4": 0.516}[cfg.quantize]  # nf4: 4 bits and its scales
+    saved = cfg.micro * L * (14 * c.d_model + 4 * d_ff) * wide  # what a block keeps for backward
+    stream = cfg.micro * L * c.d_model * wide
+    head = cfg.micro * R * c.vocab_size * 4 * 5  # float32 logits, log-softmax and their gradients
+    memory = {
+        "weights": maps * each + other * wide + trained * 4 if cfg.lora_r else (maps + other) * 4,
+        "reference": 0 if cfg.lora_r else maps * wide + other * 4,
+        "bf16 copies": 0 if cfg.lora_r or not bf16 else maps * 2,
+        "gradients": trained * 4,
+        "optimizer": trained * (8 if cfg.optimizer == "adamw" else 2.1),
+        "activations": c.n_layers * stream + saved if cfg.checkpointing else c.n_layers * saved,
+        "logits": max(head, min(2**24, cfg.B * cfg.G * cfg.block * c.vocab_size) * 40),
+    }
+    once = forward_flops(net, L, R)
+    backward = (2 if cfg.lora_r else 3) + cfg.checkpointing  # a frozen weight has no gradient
+    flops = {
+        "rollout": cfg.B * cfg.G * cfg.T * forward_flops(net, L, cfg.block),
+        "logp": S * (once + forward_flops(net, L, R + cfg.C)),
+        "update": cfg.mu * S * backward * once,
+    }
+    return {"parameters": maps + other, "trained": trained, **memory}, flops
+
+
+def dry_run(cfg: Config) -> int:
+    memory, flops = plan(cfg, cfg.precision != "float32")
+    parameters, trained = memory.pop("parameters"), memory.pop("trained")
+    total = sum(memory.values())
+    say(f"{cfg.model}: {parameters / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained")
+    say(f"a step on each rank: {cfg.B} prompts x {cfg.G} samples, P {cfg.P or 256}"
+        f"{'' if cfg.P else ' (assumed)'}, C {cfg.C}, T {cfg.T}, K {cfg.K}, micro {cfg.micro}")  # fmt: skip
+    for part, size in memory.items():
+        say(f"  {part:<12} {size / 1e9:>8.2f} GB")
+    fits = [f"{gb} GB: {'fits' if total < 0.92e9 * gb else 'no'}" for gb in (24, 48, 80, 141)]
+    say(f"  {'peak':<12} {total / 1e9:>8.2f} GB    {'   '.join(fits)}")
+    for phase, count in flops.items():
+        say(f"  {phase:<12} {count / 1e12:>8.1f} TFLOP")
+    return 0
+
+
+def merge(cfg: Config, ranks: Ranks) -> int:
+    """Fold the adapter of --model into full weights, a model folder of its own in --out."""
+    policy, tokenizer = load_policy(dataclasses.replace(cfg, lora_r=0), cfg.model, ranks)
+    if not model.adapters(policy):
+        raise ValueError(f"--merge: {cfg.model} has no adapter")
+    model.merge_lora(policy)
+    model.save(policy, cfg.out)
+    tokenizer.save_pretrained(cfg.out)
+    say(f"written: {cfg.out}")
     return 0
 
 
@@ -1479,7 +1576,11 @@ def main() -> int:
     ranks = run = None
     try:
         cfg = parse(sys.argv[1:])
+        if cfg.dry_run:
+            return dry_run(cfg)
         ranks = Ranks()
+        if cfg.merge:
+            return merge(cfg, ranks)
         if cfg.eval_only:
             return evaluate_only(cfg, ranks)
         Path(cfg.out).mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,276 @@
+"""What does an iteration cost? Every figure is a ratio of two times measured in this one run.
+
+    python bench/throughput.py iteration    one iteration against a straightforward implementation
+    python bench/throughput.py floor        rollout and update against the machine's matmul rate
+    python bench/throughput.py vocabulary   a rollout at V = 126,464 against V = 1,000
+    python bench/throughput.py ranks        two processes of one thread against one process of one
+    python bench/throughput.py log          the event log's share of an iteration
+
+`--size tiny|25m|8b` chooses a random model of that shape; 8b wants a GPU with 80 GB. Results are
+printed, and appended to bench/throughput.jsonl with --write.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import torch
+
+import egspo
+import model
+
+SHAPES = {
+    "tiny": dict(d_model=128, n_layers=7, n_heads=4, mlp_hidden_size=352),
+    "25m": dict(d_model=512, n_layers=8, n_heads=8, mlp_hidden_size=1376),
+    "8b": dict(d_model=4096, n_layers=32, n_heads=32, mlp_hidden_size=12288),
+}
+SETTINGS = {  # P, then the fields of a Config
+    "tiny": (18, dict(C=24, T=12, block=24, K=4, B=16, G=8, micro=128)),
+    "25m": (64, dict(C=64, T=32, block=32, K=4, B=2, G=4, micro=8)),
+    "8b": (200, dict(C=256, T=128, block=32, K=8, B=1, G=8, micro=8)),
+}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def config(size: str, **changes) -> egspo.Config:
+    lora = dict(lora_r=128) if size == "8b" else dict(lora_r=0)
+    return egspo.Config(**(SETTINGS[size][1] | lora | changes))
+
+
+def network(size: str, vocabulary: int, cfg: egspo.Config):
+    ids = dict(eos_token_id=0, pad_token_id=0, mask_token_id=1)
+    raw = dict(model_type="llada", vocab_size=vocabulary, rope_theta=500000.0, **ids)
+    dtype = torch.bfloat16 if size == "8b" or vocabulary > 10_000 else torch.float32
+    torch.manual_seed(0)
+    net = model.from_config(raw | SHAPES[size], DEVICE, dtype)
+    if cfg.lora_r:
+        model.add_lora(net, cfg.lora_r, cfg.lora_alpha)
+    never_V = torch.zeros(vocabulary, dtype=torch.bool, device=DEVICE)
+    never_V[:2] = True  # nor the end token, so that every row is decoded to its end
+    net.register_buffer("never_V", never_V, persistent=False)
+    return net
+
+
+def prompts(size: str, cfg: egspo.Config):
+    N, P = cfg.B * cfg.G, SETTINGS[size][0]
+    ids = torch.randint(2, 300, (N, P), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+def seconds(function, repeats: int = 3) -> float:
+    """The fastest of a few runs after one that compiles."""
+    times = []
+    for _ in range(repeats + 1):
+        wait()
+        began = time.perf_counter()
+        function()
+        wait()
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# ---- one iteration, ours and a straightforward one -----------------------------------------------
+
+
+def act(net, size: str, cfg: egspo.Config) -> egspo.Rollout:
+    rows = range(cfg.B * cfg.G)
+    u_NT2J = egspo.uniform((cfg.T, 2, cfg.block), rows, 0, 0, "draw").to(DEVICE)
+    return egspo.rollout(net, *prompts(size, cfg), cfg, u_NT2J)
+
+
+def credit(roll: egspo.Rollout, cfg: egspo.Config) -> egspo.Moves:
+    """Moves with made-up advantages: the reward is not what is measured here."""
+    t_NK = egspo.select_steps(roll.entropy_NT, cfg.K, "entropy")
+    moves = egspo.gather_moves(roll, t_NK, mask=1)
+    adv_S = torch.linspace(-1, 1, len(moves.live_S), device=DEVICE)
+    return moves._replace(adv_S=adv_S)
+
+
+def ours(net, optimizer, size: str, cfg: egspo.Config) -> None:
+    roll = act(net, size, cfg)
+    moves = credit(roll, cfg)
+    old_S, _ = egspo.score(net, moves, cfg, guess=True)
+    ref_S, _ = egspo.score(net, moves, cfg)
+    moves = moves._replace(old_S=old_S, ref_S=ref_S)
+    egspo.update(net, optimizer, moves, cfg, egspo.Ranks(), egspo.Tally())
+
+
+def straightforward(net, optimizer, size: str, cfg: egspo.Config) -> None:
+    """The same method as it is usually written: the head and the softmax at every position of prompt
+    and completion at every step, Gumbel noise over the vocabulary, moves scored one by one, eager."""
+    prompt_NP, _ = prompts(size, cfg)
+    (N, P), R = prompt_NP.shape, cfg.C // cfg.T
+    ids_NL = torch.cat((prompt_NP, prompt_NP.new_ones(N, cfg.C)), dim=1)
+    states, entropies, at = [], [], []
+    with torch.no_grad():
+        for t in range(cfg.T):
+            states.append(ids_NL.clone())
+            logits = net(ids_NL).masked_fill(net.never_V, -torch.inf)
+            noise = -torch.log(-torch.log(torch.rand_like(logits)))
+            drawn = (logits / cfg.temperature + noise).argmax(-1)
+            prob = torch.softmax(logits / cfg.temperature, -1)
+            sure = prob.gather(-1, drawn[..., None]).squeeze(-1)
+            entropy = torch.special.entr(prob).sum(-1)
+            block = torch.arange(P + cfg.C, device=DEVICE)
+            here = (block >= P + t * R // cfg.block * cfg.block)
+            here &= block < P + (t * R // cfg.block + 1) * cfg.block
+            sure = torch.where((ids_NL == 1) & here, sure, -1)
+            chosen = sure.topk(R, dim=1).indices
+            ids_NL = ids_NL.scatter(1, chosen, drawn.gather(1, chosen))
+            entropies.append(entropy.gather(1, chosen).mean(1))
+            at.append(chosen)
+    t_NK = torch.stack(entropies, 1).topk(cfg.K, dim=1).indices
+
+    def logp(n: int, t: int):
+        logits = net(states[t][n : n + 1]).masked_fill(net.never_V, -torch.inf)
+        logps = torch.log_softmax(logits / cfg.temperature, -1)[0, at[t][n]]
+        return logps.gather(-1, ids_NL[n, at[t][n]][:, None]).sum(), logits.argmax(-1)
+
+    for n in range(N):
+        for t in t_NK[n].tolist():
+            with torch.no_grad():
+                (old, _), (ref, _) = logp(n, t), logp(n, t)
+            new, _ = logp(n, t)
+            loss = -(new - old).exp() + cfg.beta * ((ref - new).exp() - (ref - new) - 1)
+            (loss / (N * cfg.K * R)).backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def iteration(size: str) -> dict:
+    cfg, V = config(size), 340 if size == "tiny" else 126_464
+    slow_net = network(size, V, cfg)
+    slow = seconds(
+        lambda: straightforward(slow_net, egspo.make_optimizer(slow_net, cfg), size, cfg), repeats=1
+    )
+    del slow_net
+    net = egspo.accelerate(network(size, V, cfg), cfg, DEVICE)
+    optimizer = egspo.make_optimizer(net, cfg)
+    fast = seconds(lambda: ours(net, optimizer, size, cfg))
+    return dict(straightforward_s=slow, ours_s=fast, times_faster=slow / fast)
+
+
+# ---- against the floor ---------------------------------------------------------------------------
+
+
+def matmul_rate() -> float:
+    """FLOP/s of a large matmul in the precision that the run uses."""
+    n = 8192 if DEVICE.type == "cuda" else 2048
+    dtype = torch.bfloat16 if egspo.use_bf16(config("tiny"), DEVICE) else torch.float32
+    a = torch.randn(n, n, dtype=dtype, device=DEVICE)
+    return 2 * n**3 / seconds(lambda: a @ a, repeats=10)
+
+
+def forward_flops(net, L: int, positions: int) -> float:
+    """Of one row: every weight of a block times each token, attention, the head where it is needed."""
+    c = net.config
+    weights = sum(p.numel() for p in net.blocks.parameters())
+    return 2 * weights * L + 4 * c.n_layers * c.d_model * L * L + 2 * c.d_model * c.vocab_size * positions
+
+
+def floor(size: str) -> dict:
+    cfg, V = config(size), 340 if size == "tiny" else 1000 if size == "25m" else 126_464
+    net = egspo.accelerate(network(size, V, cfg), cfg, DEVICE)
+    optimizer = egspo.make_optimizer(net, cfg)
+    L = SETTINGS[size][0] + cfg.C
+    roll = act(net, size, cfg)
+    moves = credit(roll, cfg)
+    old_S, _ = egspo.score(net, moves, cfg)
+    moves = moves._replace(old_S=old_S, ref_S=old_S)
+    rate = matmul_rate()
+    N, S = cfg.B * cfg.G, cfg.B * cfg.G * cfg.K
+    rollout_s = seconds(lambda: act(net, size, cfg))
+    update_s = seconds(lambda: egspo.update(net, optimizer, moves, cfg, egspo.Ranks(), egspo.Tally()))
+    rate = max(rate, matmul_rate())
+    rollout_floor = N * cfg.T * forward_flops(net, L, cfg.block) / rate
+    backward = 2 if cfg.lora_r else 3  # frozen weights have no gradient of their own
+    update_floor = S * backward * forward_flops(net, L, cfg.C // cfg.T) / rate
+    return dict(
+        matmul_tflops=rate / 1e12, rollout_of_floor=rollout_floor / rollout_s,
+        update_of_floor=update_floor / update_s, rollout_s=rollout_s, update_s=update_s,
+    )  # fmt: skip
+
+
+def vocabulary(size: str) -> dict:
+    cfg, times = config(size), {}
+    for V in (1000, 126_464):
+        net = egspo.accelerate(network(size, V, cfg), cfg, DEVICE)
+        times[V] = seconds(lambda: act(net, size, cfg), repeats=2)
+    return dict(small_s=times[1000], large_s=times[126_464], times_slower=times[126_464] / times[1000])
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
+
+
+def ranks(size: str) -> dict:
+    """The default run for some steps, the same total work: wall time of the steps alone."""
+    speeds = {}
+    for world, B in ((1, 16), (2, 8)):
+        out = Path(f"/tmp/egspo-bench-{os.getpid()}-{world}")
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+        words = f"--model tiny --task sudoku --steps 8 --B {B} --eval-n 2 --out {out}".split()
+        subprocess.run(
+            [sys.executable, *start, HERE.parent / "egspo.py", *words], check=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        log = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+        times = [event["m"]["t/total"] for event in log if event["e"] == "step"][2:]
+        speeds[world] = statistics.median(times)
+    return dict(one_s=speeds[1], two_s=speeds[2], throughput=speeds[1] / speeds[2])
+
+
+def log(size: str) -> dict:
+    """Time spent in EventLog's own methods against a step's, in the default run."""
+    spent = [0.0]
+
+    def timed(function):
+        def wrapper(*args, **kwargs):
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            spent[0] += time.perf_counter() - began
+            return result
+
+        return wrapper
+
+    for name in ("write", "step", "samples"):  # `write` inside the others is counted twice
+        setattr(egspo.EventLog, name, timed(getattr(egspo.EventLog, name)))
+    out = f"/tmp/egspo-bench-{os.getpid()}-log"
+    sys.argv = f"egspo.py --model tiny --task sudoku --steps 8 --eval-n 2 --out {out}".split()
+    egspo.main()
+    events = [json.loads(line) for line in (Path(out) / "events.jsonl").read_text().splitlines()]
+    total = sum(event["m"]["t/total"] for event in events if event["e"] == "step")
+    return dict(log_s=spent[0], steps_s=total, share=spent[0] / total)
+
+
+def main() -> None:
+    parts = dict(iteration=iteration, floor=floor, vocabulary=vocabulary, ranks=ranks, log=log)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--size", choices=SHAPES, default="25m")
+    parser.add_argument("--write", action="store_true", help="append to bench/throughput.jsonl")
+    args = parser.parse_args()
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    figures = {key: float(f"{value:.3g}") for key, value in parts[args.part](args.size).items()}
+    line = json.dumps(dict(part=args.part, size=args.size, device=name, **figures))
+    print(line)
+    if args.write:
+        with open(HERE / "throughput.jsonl", "a") as file:
+            file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
