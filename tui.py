@@ -35,7 +35,7 @@ from array import array
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -112,6 +112,7 @@ class Replay(Tail):
 
 
 Place = tuple[int, int]  # offset and length of a line
+UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError)  # a line
 STAMP = re.compile(rb'"ts":\s*([\d.]+)')
 KIND = re.compile(rb'\{"e":\s*"(denoise|sample|group)"')
 INDEX = re.compile(rb'"it":\s*(\d+),\s*"[sp]":\s*(\d+)')
@@ -190,11 +191,13 @@ class Run:
             else:
                 self.apply(json.loads(line))
             self.recent.append(line)
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except UNUSABLE:
             self.bad += 1
 
     def apply(self, event: dict) -> None:
         kind, it = event["e"], int(event.get("it") or 0)
+        if not 0 <= it < 1 << 53:
+            raise ValueError(f"iteration {it}")
         if kind == "meta":
             self.newer |= event.get("v", SCHEMA) > SCHEMA
             self.rewind(int(event.get("resume") or 0))
@@ -203,6 +206,8 @@ class Run:
             self.phase, self.it = str(event["name"]), it
         elif kind == "step":
             metrics = {name: number(value) for name, value in event["m"].items()}
+            entropy = array("f", map(number, event.get("ent") or []))
+            chosen, rows = [int(n) for n in event.get("sel") or []], int(event.get("n") or 0)
             for name, value in metrics.items():
                 series = self.series.setdefault(name, Series())
                 before = series.values[-1] if series.values else 0.0
@@ -210,10 +215,8 @@ class Run:
                     self.alerts.append((it, "error", f"{name} is {value}"))
                 series.add(it, value)
             self.updates += 1
-            if event.get("ent"):
-                self.entropy[it] = array("f", map(number, event["ent"]))
-                self.chosen[it] = list(event.get("sel") or [])
-                self.rows[it] = event.get("n") or 0
+            if entropy:
+                self.entropy[it], self.chosen[it], self.rows[it] = entropy, chosen, rows
             self.it = it
             self.rollout.clear()
         elif kind == "eval":
@@ -244,7 +247,7 @@ class Run:
         cfg = self.meta.get("cfg")
         both = self.meta | (cfg if isinstance(cfg, dict) else {})
         value = both.get(name) or both.get({"C": "L", "iters": "steps"}.get(name, name))
-        return value if isinstance(value, int) else 0
+        return value if isinstance(value, int) and 0 < value < 10**6 else 0
 
     def latest(self, name: str) -> float | None:
         series = self.series.get(name)
@@ -267,17 +270,19 @@ class Run:
         for line in self.rollout:
             try:
                 event = json.loads(line)
-                H, t0, it, b = event["H"], int(event["t0"]), int(event["it"]), event.get("b", 0)
-                revealed = event.get("rv") or []
+                it, t0, b = int(event["it"]), int(event["t0"]), int(event.get("b", 0))
+                H, revealed = [number(h) for h in event["H"]], event.get("rv") or []
+                if not 0 <= t0 < max(1, T):
+                    continue
                 if sample is None or (sample.it, sample.g) != (it, b):  # g holds the batch here
-                    sample = Sample(it=it, s=event.get("s", 0), g=b, live=True, ent=[], T=T,
+                    sample = Sample(it=it, s=int(event.get("s", 0)), g=b, live=True, ent=[], T=T,
                                     tok=[""] * C, rev=[T] * C, tent=[0] * C)
-                sample.ent += [math.nan] * (t0 - len(sample.ent)) + [number(h) for h in H]
+                sample.ent += [math.nan] * (t0 - len(sample.ent)) + H
                 for k, (i, token, entropy) in enumerate(revealed):
                     sample.tok[i], sample.tent[i] = str(token), round(50 * number(entropy))
                     sample.rev[i] = t0 + k * len(H) // len(revealed)
-            except (ValueError, TypeError, KeyError, IndexError):
-                continue  # half a line of a crashed trainer
+            except UNUSABLE:
+                continue
         return sample
 
 
@@ -309,23 +314,27 @@ class Sample:
 
     @classmethod
     def parse(cls, line: bytes, T: int = 0) -> "Sample":
-        """Raises ValueError, TypeError or AttributeError for what is no sample event."""
-        event = json.loads(line)
-        known = [f.name for f in fields(cls) if event.get(f.name) is not None]
-        sample = cls(**{name: event[name] for name in known})
-        sample.ent = [number(h) for h in sample.ent]
-        sample.T = len(sample.ent) or T or max(sample.rev, default=0) + 1
-        sample.tok = ["" if token is None else str(token) for token in sample.tok]
-        sample.rev = (list(sample.rev) + [sample.T] * len(sample.tok))[: len(sample.tok)]
-        sample.tent = (list(sample.tent) + [0] * len(sample.tok))[: len(sample.tok)]
-        if not isinstance(sample.rw, dict):
-            sample.rw = {"reward": number(sample.rw)}
-        parts = {name: number(value) for name, value in sample.rw.items()}
-        if sample.reward is None:
-            sample.reward = parts.get("reward", parts.get("total", sum(parts.values())))
-        if sample.ok is None:
-            told = [parts[name] for name in ("correct", "solved", "passed") if name in parts]
-            sample.ok = told[0] >= 1 if told else None
+        """The trajectory in a sample event; raises one of UNUSABLE for what is none."""
+        event = {name: value for name, value in json.loads(line).items() if value is not None}
+        sample = cls(*(int(event.get(name, 0)) for name in ("it", "s", "p", "g")))
+        sample.prompt, sample.len = str(event.get("prompt", "")), int(event.get("len", 0))
+        sample.tok = ["" if token is None else str(token) for token in event["tok"]]
+        for name in ("tent", "ent", "srw", "adv", "ratio"):
+            setattr(sample, name, [number(value) for value in event.get(name, [])])
+        sample.T = len(sample.ent) or T or 1
+        n, never = len(sample.tok), [sample.T] * len(sample.tok)
+        sample.rev = ([int(when) for when in event["rev"]] + never)[:n]
+        sample.tent = (sample.tent + [0.0] * n)[:n]
+        sample.sel = [int(t) for t in event.get("sel", [])]
+        sample.x0 = [[str(token) for token in guess] for guess in event.get("x0", [])]
+        sample.edit = [(int(t), int(i), token) for t, i, token in event.get("edit", [])]
+        parts = event.get("rw", {})
+        parts = parts if isinstance(parts, dict) else {"reward": parts}
+        sample.rw = {name: number(value) for name, value in parts.items()}
+        known = {**sample.rw, **{k: number(event[k]) for k in ("reward", "ok") if k in event}}
+        sample.reward = known.get("reward", known.get("total", sum(sample.rw.values())))
+        told = [known[name] for name in ("ok", "correct", "solved", "passed") if name in known]
+        sample.ok = told[0] >= 1 if told else None
         sample.len = sample.len or sample.decoded
         return sample
 
@@ -341,6 +350,12 @@ class Sample:
             if when <= t and 0 <= i < len(state):
                 state[i] = token
         return state
+
+
+def parse_group(line: bytes) -> list[tuple[str, float]]:
+    """(completion, reward) of the samples of one prompt."""
+    event = json.loads(line)
+    return [(str(text), number(reward)) for text, reward in zip(event["text"], event["rw"])]
 
 
 class Log:
@@ -387,7 +402,7 @@ class Log:
             try:
                 with open(self.path, "rb") as file:
                     self.parsed[place] = parse(os.pread(file.fileno(), place[1], place[0]))
-            except (OSError, ValueError, TypeError, AttributeError):
+            except (OSError, *UNUSABLE):
                 self.parsed[place] = None
         return self.parsed[place] if place else None
 
@@ -400,10 +415,10 @@ class Log:
         """All that is known of the samples that share a sample's prompt; of some only the text."""
         rows = [self.sample(sample.it, s) for s in sorted(self.run.samples[sample.it])]
         known = {row.g: row for row in rows if row and row.p == sample.p}
-        event = self.event(self.run.groups.get(sample.it, {}).get(sample.p), json.loads) or {}
-        for g, text in enumerate(event.get("text") or []):
-            known.setdefault(g, Sample(sample.it, sample.s - sample.g + g, sample.p, g, rev=[0],
-                                       tok=[str(text)], tent=[0], reward=number(event["rw"][g])))
+        place = self.run.groups.get(sample.it, {}).get(sample.p)
+        for g, (text, reward) in enumerate(self.event(place, parse_group) or ()):
+            known.setdefault(g, Sample(sample.it, sample.s - sample.g + g, sample.p, g, tok=[text],
+                                       rev=[0], tent=[0.0], reward=reward))
         return [known[g] for g in sorted(known)]
 
     def brief(self, it: int, s: int) -> tuple[float, int, str]:
@@ -904,7 +919,7 @@ def position(sample: Sample, i: int, token: str | None, t: int, look: Look, colo
     if sample.rev[i] >= sample.T and not sample.live:
         return "", ""
     if i < len(guess):
-        return clean(str(guess[i]), look), f"italic {look.sky} on {look.veil}"
+        return clean(guess[i], look), f"italic {look.sky} on {look.veil}"
     hatch = re.sub(r"[^\n]", look("mask"), clean(sample.tok[i], look)) or look("mask") * 2
     return hatch, f"{look.mask} on {look.veil}"
 
@@ -986,9 +1001,8 @@ def credit(sample: Sample, k: int, look: Look) -> Row:
     row: Row = []
     for name, values in (("adv", sample.adv), ("guess", sample.srw), ("ratio", sample.ratio)):
         if 0 <= k < len(values):
-            value = number(values[k])
-            sign = "+" if name == "adv" and value > 0 else ""
-            row += [(f" {name} ", look.dim), (f"{sign + num(value):<6}", f"bold {look.fg}")]
+            sign = "+" if name == "adv" and values[k] > 0 else ""
+            row += [(f" {name} ", look.dim), (f"{sign + num(values[k]):<6}", f"bold {look.fg}")]
     return row
 
 
@@ -1138,8 +1152,8 @@ def strip_panel(view: View, log: Log, sample: Sample | None, width: int, height:
         it = max(run.entropy) if view.it is None else nearest(run.entropy, view.it)
         entropy, count = run.entropy[it], run.chosen[it]
         n = run.rows[it] or max(count, default=1) or 1
-        options = dict(share=[c / n for c in count])
-        title, right = f"{it}, mean of {n}", f"{look('sel')} chosen, bright: by many"
+        options, K = dict(share=[c / n for c in count]), K if any(count) else 0
+        title, right = f"{it}, mean of {n}", f"{look('sel')} chosen, bright: by many" if K else ""
     else:
         return panel("entropy", "waiting for the first rollout", width, height, look)
     T = T or len(entropy)
@@ -1147,7 +1161,7 @@ def strip_panel(view: View, log: Log, sample: Sample | None, width: int, height:
     def draw(w: int, h: int) -> list[Row]:
         room = w - 6 - slots(T, w - 6)[0] * T  # beside the bars: what they add up to
         side = 26 if room >= 26 else 0
-        weights = options.get("share") or [float(i in options["sel"]) for i in range(T)]
+        weights = options.get("share", [float(i in options.get("sel", ())) for i in range(T)])
         total, kept = sum(finite(entropy)), sum(finite(a * b for a, b in zip(entropy, weights)))
         mean = num(total / max(1, len(finite(entropy))))
         facts = {"mean": f"{mean} nats", "chosen": f"{K} of {T}",
@@ -1370,9 +1384,9 @@ def samples_view(view: View, logs: Sequence[Log], width: int, height: int) -> li
         for key in keys[max(0, min(at - h // 2, len(keys) - h + 1)) :][: h - 1]:
             sample = log.sample(*key) or Sample(*key)
             sign = {True: look("yes"), False: look("no")}.get(sample.ok, "")
-            adv = finite(map(number, sample.adv))
+            adv = finite(sample.adv)
             adv = num(statistics.fmean(adv)) if adv else "-"
-            parts = " ".join(f"{name} {num(number(value))}" for name, value in sample.rw.items())
+            parts = " ".join(f"{name} {num(value)}" for name, value in sample.rw.items())
             style = f"bold {look.fg}" if key == here else look.dim
             rows.append([
                 (f"{look('here') if key == here else ' '} ", look.sky),
@@ -1442,12 +1456,13 @@ def run_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[R
     """Where the run is, how far, how fast and with which settings; its alerts and last events."""
     log, look = logs[view.run], view.look
     run, meta, (state, age) = log.run, log.run.meta, log.status()
+    argv = meta.get("argv")
     sizes = "  ".join(f"{name} {run.size(name)}" for name in ("T", "K", "C", "block", "N", "G"))
     facts = {
         "state": f"{state}, last event {span(age)} ago", "log": log.path,
         "model": meta.get("model"), "task": meta.get("task"),
         "machine": f"{meta.get('host')}, process {meta.get('pid')}", "git": meta.get("git"),
-        "command": " ".join(map(str, meta.get("argv") or [])), "sizes": sizes,
+        "command": " ".join(map(str, argv)) if isinstance(argv, list) else argv, "sizes": sizes,
         "updates": f"{run.done} of {run.size('iters')}", "checkpoint": run.ckpt.get("path"),
         "events": f"{run.lines} lines, {run.bad} unreadable", "error": (run.end or {}).get("err")}
     for it, e in list(run.evals.items())[-3:]:

@@ -173,6 +173,8 @@ def test_unknown_events_and_keys_are_ignored_and_unusable_lines_are_counted():
     for line in (b"{", b"[]", b"7", b"", b"\xff\xfe", b'{"e":"step"}', b'{"e":"sample","q"}', b'{"e":"phase","it":"x"}'):
         run.feed(line)
     assert run.bad == 8 and run.done == 1
+    run.feed(lines(step(10**30)).strip())
+    assert run.bad == 9
     assert feed(META | {"v": 2}).newer and not run.newer
 
 
@@ -408,6 +410,30 @@ def test_the_svg_is_well_formed_and_holds_the_words(runs):
     words = " ".join("".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text"))
     assert "entropy per denoising step" in words and "<answer>" in words
     assert not any("\u2800" <= c <= "\u28ff" or "▁" <= c <= "█" for c in words)  # shapes, not letters
+
+
+def test_no_event_of_any_shape_stops_the_monitor(tmp_path):
+    junk = [None, "x", -1, 0, 3, 1e308, "nan", "inf", [], [1, "a", None], {}, {"a": 1}, True, "数", [[0, "a", 1.0]]]
+    whole, path = list(fake_run.events(kind="sudoku", iters=2)), tmp_path / "events.jsonl"
+    for seed in range(60):
+        rng, events = random.Random(seed), []
+        for event in json.loads(json.dumps(whole)):
+            for name in rng.sample(sorted(event), 2) if rng.random() < 0.4 else ():
+                inner = event[name]
+                if isinstance(inner, (dict, list)) and inner and rng.random() < 0.6:
+                    inner[rng.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))] = rng.choice(junk)
+                elif name != "e":
+                    event[name] = rng.choice(junk)
+            events.append(json.dumps(event, separators=(",", ":")))
+        path.write_text("\n".join(events[: rng.choice([None, rng.randrange(len(events))])]) + "\n")
+        log = load(path)
+        log.clock = lambda: 1.76e9
+        for number in range(1, 7):
+            view = tui.View(number=number, guess=True)
+            for key in ("", "n", "j", "right", "J", "x", "G"):
+                tui.press(view, key, [log])
+                check(tui.frame(view, [log], 120, 40), 120, 40)
+        json.dumps(tui.summary(log), default=str)
 
 
 # ---- keys ----------------------------------------------------------------------------------------
