@@ -53,6 +53,7 @@ import builtins
 import contextlib
 import ctypes
 import fcntl
+import functools
 import gc
 import importlib
 import json
@@ -370,10 +371,15 @@ clock_getres 229 114, clock_nanosleep 230 115, exit_group 231 94, getrandom 318 
 ARCHITECTURES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column, AUDIT_ARCH_*
 
 
-def libc(name: str, *args: object) -> int:
+@functools.cache
+def c_library() -> ctypes.CDLL:
     if sys.platform != "linux":
-        raise OSError("Linux only")
-    result = getattr(ctypes.CDLL(None, use_errno=True), name)(*args)
+        raise OSError("these locks are Linux's")
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def libc(name: str, *args: object) -> int:
+    result = getattr(c_library(), name)(*args)
     if result < 0:
         raise OSError(ctypes.get_errno(), name)
     return result

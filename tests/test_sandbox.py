@@ -300,6 +300,14 @@ def test_a_test_that_swallows_everything_does_not_hide_the_programs_death(box):
     assert check(box, "import os\ndef f(x): os._exit(0)", *tests)["ok"] == [False, False]
 
 
+@pytest.mark.parametrize("kind", ["StopIteration", "StopAsyncIteration", "GeneratorExit"])
+def test_no_exception_of_the_program_ends_a_tests_loop_early(box, kind):
+    loops = ["for got, want in zip(map(f, [1, 2]), [2, 3]):\n    assert got == want",
+             "assert all(got == 2 for got in map(f, [1]))", "assert list(map(f, [1])) == []",
+             "assert all(f(i) == 2 for i in [1])", "assert not [1 for _ in iter(lambda: f(1), 2)]"]  # fmt: skip
+    assert not any(check(box, f"def f(x): raise {kind}", *loops)["ok"])
+
+
 def test_broken_tests_fail(box):
     verdict = check(box, "def f(x): return 1", "assert f(1) == (", "raise SystemExit(0)", "f(lambda: 0)", "assert f(1)")
     assert verdict["ok"] == [False, False, False, True]
@@ -509,11 +517,8 @@ def test_published_attacks_on_the_verdict_fail_without_seccomp_landlock_and_setu
 
 
 def some_subsets():
-    yield []
-    yield LOCKS
-    for lock in LOCKS:
-        yield [other for other in LOCKS if other != lock]
-    yield ["landlock", "seccomp", "setuid"]
+    for closed in [], ["landlock"], ["seccomp"], ["rlimits"], ["capabilities", "non_dumpable"], LOCKS:
+        yield [lock for lock in LOCKS if lock not in {"no_new_privs", *closed}] if closed != LOCKS else []
 
 
 def all_subsets():
