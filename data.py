@@ -19,6 +19,8 @@ strings, so none of them is run here: arithmetic has an evaluator of its own, La
 process that can be killed, and programs go to sandbox.py.
 
     python data.py --task math --score outputs.jsonl [--compat]       score anybody's outputs
+
+The score comes with the one by the rules of the published tables beside it; --compat: that alone.
 """
 
 import argparse
@@ -1106,7 +1108,10 @@ def main() -> None:
     parser.add_argument("--compat", action="store_true", help="by the published rules")
     args = parser.parse_args()
     try:
-        print(json.dumps(score(args.task, args.score, args.compat)))
+        tally = score(args.task, args.score, args.compat)
+        if args.task in PUBLISHED and not args.compat:
+            tally["published_rules"] = score(args.task, args.score, compat=True)
+        print(json.dumps(tally))
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
