@@ -84,7 +84,7 @@ def test_data_crosses_both_ways_with_its_exact_type(box, value):
         f"assert repr(f([{value}])) == repr([{value}])",
         f"assert g({value!r}) is True",
     ]
-    code = f"def f(x): return x\ndef g(s): return s == {value!r} and type(f({value})) == type({value})"
+    code = f"def f(x): return x\ndef g(s): return s == {value!r}"
     assert check(box, code, *tests, names=["f", "g"])["ok"] == [True] * 3
 
 
@@ -122,14 +122,16 @@ class Node:
 """
     setup = "a = Node(1)\na.next = Node(value=2, next=Node(3))"
     tests = ["assert a.value == 1 and a.next.value == 2", "assert list(a) == [1, 2, 3] and 3 in a",
-             "assert len(a) == 3 and str(a) == '1->2->3' and a", "assert a[1] == 2", "a[0] = 9\nassert a.value == 9",
-             "assert a.next is a.tail() and a.tail(n=2).value == 3", "assert isinstance(a, Node)", "assert a != a.next",
-             "assert not a == 1", "b = a.next\nassert b in [1, b]", "import copy\nassert max(a) == 9"]  # fmt: skip
+             "assert len(a) == 3 and str(a) == '1->2->3' and a", "assert a[1] == 2",
+             "a[0] = 9\nassert a.value == 9", "assert a.next is a.tail() and a.tail(n=2).value == 3",
+             "assert isinstance(a, Node)", "assert a != a.next", "assert not a == 1", "b = a.next\nassert b in [1, b]", "import copy\nassert max(a) == 9"]  # fmt: skip
     verdict = check(box, code, *tests, names=["Node"], setup=setup)
     assert verdict["ok"] == [True] * len(tests), verdict["why"]
-    wrong = ["assert a + 1", "assert a > 0", "assert abs(a - 1) < 2", "assert a in [1, 2]", "assert int(a)", "assert a == 1",
-             "assert math.isclose(a, 1)", "import copy\nassert copy.deepcopy(a)", "assert round(a)", "assert {a} == {1}"]  # fmt: skip
-    code += "    __add__ = __sub__ = __float__ = __index__ = __round__ = __deepcopy__ = lambda *a: 1\n"
+    wrong = ["assert a + 1", "assert a > 0", "assert abs(a - 1) < 2", "assert a in [1, 2]",
+             "assert int(a)", "assert a == 1", "assert math.isclose(a, 1)", "assert round(a)",
+             "assert {a} == {1}", "import copy\nassert copy.deepcopy(a)"]  # fmt: skip
+    for name in "add sub float index int round deepcopy".split():
+        code += f"    __{name}__ = lambda *a: 1\n"
     assert not any(check(box, code, *wrong, names=["Node"], setup=setup)["ok"])
 
 
@@ -142,17 +144,19 @@ class Sly:
     def push(self, x): self.items.append(x)
 def f(n): return Sly(list(range(n)))
 """
-    zipped = "r = f({})\nassert len(r) == 3\nfor got, want in zip(r, [0, 1, 2]):\n    assert got == want"
-    after = "r = f({})\nfor got, want in zip(r, [0, 1, 2]):\n    assert got == want\nassert len(r) == 3"
-    honest = "r = f(2)\nassert list(r) == [0, 1]\nr.push(2)\nassert len(r) == 3 and list(r) == [0, 1, 2]"
-    for test, ok in (zipped.format(0), False), (after.format(0), False), (after.format(3), True), (honest, True):
-        assert check(box, code, test)["ok"] == [ok]
+    loop = "for got, want in zip(r, [0, 1, 2]):\n    assert got == want\n"
+    for size, passes in (0, False), (3, True):
+        for test in f"assert len(r) == 3\n{loop}", f"{loop}assert len(r) == 3":
+            assert check(box, code, f"r = f({size})\n{test}")["ok"] == [passes]
+    grows = "r = f(2)\nassert list(r) == [0, 1]\nr.push(2)\nassert len(r) == 3 and list(r) == [0, 1, 2]"
+    assert check(box, code, grows)["ok"] == [True]
 
 
 def test_iterators_and_builtins_can_be_handed_to_the_program(box):
     code = "def f(items, key=None): return sorted(items, key=key)\ndef g(n):\n yield from range(n)"
     tests = ["assert f(iter([2, 1])) == [1, 2]", "assert f((x for x in 'ba'), key=str) == ['a', 'b']",
-             "assert list(g(3)) == [0, 1, 2]", "it = g(2)\nassert next(it) == 0 and next(it, 5) == 1 and next(it, 5) == 5"]  # fmt: skip
+             "assert list(g(3)) == [0, 1, 2]",
+             "it = g(2)\nassert [next(it), next(it, 5), next(it, 5)] == [0, 1, 5]"]  # fmt: skip
     verdict = check(box, code, *tests, names=["f", "g"])
     assert verdict["ok"] == [True] * 4, verdict["why"]
 
@@ -168,25 +172,30 @@ def f(n):
 """
     test = "try:\n    f({})\n    assert 0\nexcept {} as e:\n    assert type(e) is {} and {!r} in str(e)"
     cases = [(0, "ValueError", "ValueError", "zero"), (1, "LookupError", "KeyError", "one"),
-             (2, "ValueError", "UnicodeError", "codec"), (3, "RuntimeError", "RuntimeError", "SystemExit")]  # fmt: skip
+             (2, "ValueError", "UnicodeError", "codec"),
+             (3, "RuntimeError", "RuntimeError", "SystemExit")]  # fmt: skip
     verdict = check(box, code, *[test.format(*case) for case in cases])
     assert verdict["ok"] == [True] * 4, verdict["why"]
 
 
 def test_tests_may_import_from_solution(box):
-    assert check(box, "def f(x): return x + 1", "from solution import f as g\nassert g(1) == 2")["ok"] == [True]
+    verdict = check(box, "def f(x): return x + 1", "from solution import f as g\nassert g(1) == 2")
+    assert verdict["ok"] == [True]
 
 
 def test_ordinary_modules_work_behind_the_locks(box):
     code = """
-import datetime, decimal, fractions, hashlib, itertools, json, random, re, statistics, string, time, threading, typing, uuid
+import datetime, decimal, fractions, hashlib, itertools, json, random, re, statistics, string
+import time, threading, typing, uuid
 from dataclasses import dataclass
 @dataclass
 class P: x: typing.List[int]
 def f(x):
-    time.sleep(0.01); print(x, flush=True); random.shuffle([1, 2]); uuid.uuid4(); threading.Lock(); datetime.datetime.now()
-    return [str(datetime.datetime.strptime("2024-02-29", "%Y-%m-%d").date()), hashlib.md5(b"").hexdigest()[:4],
-            float(decimal.Decimal("1.5")), P([1]).x, "é".encode("latin-1"), "a".encode("utf-16-le"), statistics.mean([1, 3])]
+    time.sleep(0.01); print(x, flush=True); random.shuffle([1, 2]); uuid.uuid4(); threading.Lock()
+    datetime.datetime.now()
+    day = str(datetime.datetime.strptime("2024-02-29", "%Y-%m-%d").date())
+    return [day, hashlib.md5(b"").hexdigest()[:4], float(decimal.Decimal("1.5")), P([1]).x,
+            "é".encode("latin-1"), "a".encode("utf-16-le"), statistics.mean([1, 3])]
 """
     want = "['2024-02-29', 'd41d', 1.5, [1], b'\\xe9', b'a\\0', 2]"
     verdict = check(box, code, f"assert f(1) == {want}")
@@ -196,10 +205,8 @@ def f(x):
 
 
 def test_verdicts_come_in_the_order_of_the_jobs(box):
-    jobs = [
-        job(f"import time\ndef f(): time.sleep({(i * 7) % 5} / 50); return {i}", f"assert f() == {i}", "assert 0, f()")
-        for i in range(40)
-    ]
+    code = "import time\ndef f(): time.sleep({} / 50); return {}"
+    jobs = [job(code.format(i * 7 % 5, i), f"assert f() == {i}", "assert 0, f()") for i in range(40)]
     verdicts = box.run(jobs)
     assert [v["why"] for v in verdicts] == [f"test 1: AssertionError: {i}" for i in range(40)]
     assert box.run([]) == []
@@ -221,7 +228,7 @@ def mbpp(wrong=False):
         row = json.loads(line)
         tree = ast.parse(row["code"])
         tests = [row["test_setup_code"], *row["test_list"]]
-        used = {n.id for test in tests for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Name)}
+        used = {getattr(n, "id", "") for test in tests for n in ast.walk(ast.parse(test))}
         made = {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
         imports = [ast.unparse(n) for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
         nothing = "\n".join(f"def {name}(*args, **kwargs): return None" for name in made)
@@ -255,15 +262,16 @@ def test_the_references_of_mbpp_pass_and_no_program_that_returns_none(every):
 
 @pytest.mark.parametrize(
     "code",
-    ["", "\0", "def f(x): return x + 1\0", "'\ud800'", "x = " + "-" * 100_000 + "1", "(" * 5000, "x = " + "[" * 300_000,
-     "def f(x) return x", "\x0c\ufeff", "x=" + "9" * 200_000, "f = 1", "while 1: pass", "import nowhere", "exit()",
-     "# coding: rot13", "f = [f := 1, (f)]", "\r" * 1000, "class f: __slots__ = 1"],
+    ["", "\0", "def f(x): return x + 1\0", "'\ud800'", "x = " + "-" * 100_000 + "1", "(" * 5000,
+     "x = " + "[" * 300_000, "def f(x) return x", "\x0c\ufeff", "x=" + "9" * 200_000, "f = 1",
+     "while 1: pass", "import nowhere", "exit()", "# coding: rot13", "f = [f := 1, (f)]", "\r" * 1000, "class f: __slots__ = 1"],
     ids=lambda code: ascii(code[:20]),
 )  # fmt: skip
 def test_any_text_as_a_program_gives_a_failed_verdict(box, code):
     verdict = check(box, code, *PLUS_ONE)
     assert verdict["ok"] == [False] * 6
-    assert 0 < len(verdict["why"]) <= sandbox.MAX_WHY and verdict["why"].isprintable() and verdict["why"].isascii()
+    why = verdict["why"]
+    assert 0 < len(why) <= sandbox.MAX_WHY and why.isprintable() and why.isascii()
 
 
 def test_reasons_are_short_and_printable(box):
@@ -282,7 +290,8 @@ def test_a_name_the_program_lacks_is_not_answered_by_the_prompt(box):
 def test_a_helper_of_the_prompt_is_the_prompts_and_not_the_programs(box):
     code = "def double(x): return 0\nimport math\nmath.fabs = lambda x: 0\ndef f(x): return 0"
     before = "import math\ndef double(x): return 2 * x"
-    assert check(box, code, "assert math.fabs(f(3) - double(3)) < 1e-4", before=before)["ok"] == [False]
+    verdict = check(box, code, "assert math.fabs(f(3) - double(3)) < 1e-4", before=before)
+    assert verdict["ok"] == [False]
 
 
 def test_what_passed_before_the_time_was_over_still_counts(box):
@@ -309,9 +318,11 @@ def test_no_exception_of_the_program_ends_a_tests_loop_early(box, kind):
 
 
 def test_broken_tests_fail(box):
-    verdict = check(box, "def f(x): return 1", "assert f(1) == (", "raise SystemExit(0)", "f(lambda: 0)", "assert f(1)")
-    assert verdict["ok"] == [False, False, False, True]
-    assert check(box, "def f(x): return 1", "assert f(1)", setup="1 / 0")["why"].startswith("setup: ZeroDivisionError")
+    code = "def f(x): return 1"
+    tests = ["assert f(1) == (", "raise SystemExit(0)", "f(lambda: 0)", "assert f(1)"]
+    assert check(box, code, *tests)["ok"] == [False, False, False, True]
+    verdict = check(box, code, "assert f(1)", setup="1 / 0")
+    assert verdict["ok"] == [False] and verdict["why"].startswith("setup: ZeroDivisionError")
 
 
 # ---- attacks -------------------------------------------------------------------------------------
@@ -329,110 +340,282 @@ def answer(reply, replies=('["value", null]', '["value", {"h": 1}]')):  # to "ru
         write(reply)
 """  # a program that does its own talking on the link to the judge
 
-FORGERIES = {  # stopped by the two processes and the protocol, with every lock open
-    "equals everything": "class E:\n __eq__ = lambda s, o: True\n __ne__ = lambda s, o: False\n __hash__ = lambda s: 2\ndef f(x): return E()",
-    "is equal by metaclass": "class M(type):\n __eq__ = lambda s, o: True\n __hash__ = lambda s: 2\nclass E(metaclass=M): pass\ndef f(x): return E",
-    "claims to be an int": "class E:\n __class__ = int\n __eq__ = lambda s, o: True\n __index__ = lambda s: 2\ndef f(x): return E()",
-    "does any arithmetic": "class E:\n __getattr__ = lambda s, n: lambda *a: True\n"
-    + "".join(f" __{n}__ = lambda s, *a: True\n" for n in "eq lt gt le ge add sub radd rsub float int abs index round contains".split())
-    + "def f(x): return E()",
-    **{f"{base} that equals everything": f"class E({base}):\n __eq__ = lambda s, o: True\n __ne__ = lambda s, o: False\n __hash__ = {base}.__hash__\n"
-       "def f(x): return E()" for base in ("int", "str", "float", "tuple", "list", "dict", "bytes", "complex", "frozenset")},
-    "patches every builtin": "import builtins\nfor n in dir(builtins):\n try: setattr(builtins, n, lambda *a, **k: True)\n except Exception: pass\ndef f(x): return 2",
-    "redefines AssertionError": "import builtins\nclass A(Exception):\n def __new__(c, *a): return None\nbuiltins.AssertionError = A\ndef f(x): return None",
-    "patches the worker's operations": "import sys\nm = sys.modules['__main__']\nm.OPERATIONS.clear()\nm.encode = lambda x, o: True\ndef f(x): return 2",
-    "patches json": "import json\njson.dumps = lambda m: '[\"value\", {\"h\": \"all\"}]'\ndef f(x): return 2",
-    "patches time and random": "import time, random\ntime.time = time.monotonic = lambda: 0\nrandom.random = lambda: 0\ndef f(x): return 2",
-    "answers true to all": ANSWER + 'answer(["value", True])',
-    "answers a handle to all": ANSWER + 'answer(["value", {"h": 1}])',
-    "answers builtins by name": ANSWER + 'answer(["value", {"h": "all"}])',
-    "answers a bool as handle": ANSWER + 'answer(["value", {"h": True}])',
-    "answers nan": ANSWER + 'answer(["value", float("nan")])',
-    "answers unhashable keys": ANSWER + 'answer(["value", {"d": [[[], 1]]}])',
-    "answers an unknown tag": ANSWER + 'answer(["value", {"__class__": []}])',
-    "answers two tags": ANSWER + 'answer(["value", {"t": [], "s": []}])',
-    "answers an unknown kind": ANSWER + 'answer(["pass", 2])',
-    "answers no pair": ANSWER + "answer([])",
-    "answers a string": ANSWER + 'answer("ok")',
-    "answers a StopIteration": ANSWER + 'answer(["error", ["StopIteration", ""]])',
-    "answers a SystemExit": ANSWER + 'answer(["error", ["SystemExit", "0"]])',
-    "answers a GeneratorExit": ANSWER + 'answer(["error", ["GeneratorExit", ""]])',
-    "answers an error of no class": ANSWER + 'answer(["error", [[], {}]])',
-    "answers an error named print": ANSWER + 'answer(["error", ["print", "x"]])',
-    "answers an error that is a handle": ANSWER + 'answer(["error", [{"h": 0}, {"h": 0}]])',
-    "answers garbage": ANSWER + 'answer(b"\\xff\\x00")',
-    "answers nothing": ANSWER + 'answer(b"")',
-    "answers verdicts": ANSWER + 'answer({"ok": [True] * 6, "why": ""})',
-    "answers 4300 digits": ANSWER + 'answer(b\'["value", \' + b"9" * 5000 + b"]")',
-    "answers a huge number": ANSWER + 'answer(["value", {"i": ["0x" + "f" * 7000000]}])',
-    "answers a huge range": ANSWER + 'answer(["value", {"r": [{"i": ["-0x" + "f" * 99]}, {"i": ["0x" + "f" * 99]}, 1]}])',
-    "answers three million lists": ANSWER + 'answer(b\'["value", [\' + b"[]," * 2600000 + b"[]]]")',
-    "answers deep nesting": ANSWER + 'answer(b"[" * 900 + b"]" * 900)',
-    "talks without being asked": "import os, struct\nd = b'[\"value\", 2]'\nos.write(3, (struct.pack('<I', len(d)) + d) * 99)\ndef f(x): return 2",
-    "announces a frame and stops": "import os, time\nos.write(3, b'\\xff\\xff\\x7f\\x00[')\nos.close(3)\ndef f(x): return 2",
-    "writes digits everywhere": "import os\nfor fd in range(9):\n try: os.write(fd, b'111111 \\n' * 9)\n except OSError: pass\ndef f(x): return 2",
-    "prints a verdict": "import sys\nprint('111111', file=sys.stderr)\nprint('111111')\nprint('{\"ok\": true}', flush=True)\nraise SystemExit(0)",
-    "leaves by signal": "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\ndef f(x): return 2",
-    "leaves by exit in f": "import os\ndef f(x): os._exit(0)",
-    "leaves by atexit": "import atexit, os\natexit.register(os._exit, 0)\nimport sys\nsys.exit(0)",
-    "segfaults": "import ctypes\ndef f(x): return ctypes.string_at(0)",
-    "ends the loop with StopIteration": "def f(x): raise StopIteration",
-    "ends the loop with StopAsyncIteration": "def f(x): raise StopAsyncIteration",
-    "ends the loop with GeneratorExit": "def f(x): raise GeneratorExit",
-    "raises KeyboardInterrupt": "def f(x): raise KeyboardInterrupt",
-    "raises what has no text": "class E(Exception):\n def __str__(s): raise s\ndef f(x): raise E",
-    "raises what poses as builtin": "E = type('SystemExit', (BaseException,), {'__module__': 'builtins'})\ndef f(x): raise E(0)",
-    "yields everything": "import itertools\ndef f(x): return itertools.count(-9)",
-    "has any length": "class E:\n __len__ = lambda s: 1 << 99\n __iter__ = lambda s: s\n __next__ = lambda s: 2\n __str__ = lambda s: 'xx'\n"
-    " __eq__ = lambda s, o: True\ndef f(x): return E()",
-    "is true for ever": "class E:\n def __bool__(s):\n  while 1: pass\ndef f(x): return E()",
-    "looks for the tests in memory": "import gc, sys\ndef f(x):\n found = [o for o in gc.get_objects() if 'ert f(4' + '1)' in str(o)[:99999]]\n"
-    " return 2 if found else None",
-    "looks for the tests in frames": "import sys\ndef f(x):\n fr = sys._getframe()\n while fr:\n  for v in list(fr.f_locals.values()):\n"
-    "   if isinstance(v, dict) and 'tests' in v: return x + 1\n  fr = fr.f_back",
-    "rewrites its arguments": "def f(x):\n global n\n n = x\n return None",
-    "answers with its own class": "class f:\n def __new__(c, *a): return c\n __class_getitem__ = __call__ = lambda *a: 2",
-    "is a module": "import sys\nclass M(type(sys)):\n def __getattr__(s, n): return lambda *a: None\nsys.modules['solution'].__class__ = M",
-    "contains itself": "def f(x):\n l = []\n l.append(l)\n return l",
-    "doubles itself": "def f(x):\n l = [1]\n for _ in range(60): l = [l, l]\n return l",
-}  # fmt: skip
+FORGERIES = dict(part.split("\n", 1) for part in r"""
+## equals everything
+class E:
+ __eq__ = lambda s, o: True
+ __ne__ = lambda s, o: False
+ __hash__ = lambda s: 2
+def f(x): return E()
+## is equal by metaclass
+class M(type):
+ __eq__ = lambda s, o: True
+ __hash__ = lambda s: 2
+class E(metaclass=M): pass
+def f(x): return E
+## claims to be an int
+class E:
+ __class__ = int
+ __eq__ = lambda s, o: True
+ __index__ = lambda s: 2
+def f(x): return E()
+## does any arithmetic
+class E: pass
+ops = "eq lt gt le ge add sub radd rsub float int abs index round contains getattr"
+for n in ops.split(): setattr(E, f"__{n}__", lambda s, *a: True)
+def f(x): return E()
+## patches every builtin
+import builtins
+for n in dir(builtins):
+ try: setattr(builtins, n, lambda *a, **k: True)
+ except Exception: pass
+def f(x): return 2
+## redefines AssertionError
+import builtins
+class A(Exception):
+ def __new__(c, *a): return None
+builtins.AssertionError = A
+def f(x): return None
+## patches the worker's operations
+import sys
+m = sys.modules['__main__']
+m.OPERATIONS.clear()
+m.encode = lambda x, o: True
+def f(x): return 2
+## patches json
+import json
+json.dumps = lambda m: '["value", {"h": "all"}]'
+def f(x): return 2
+## patches time and random
+import time, random
+time.time = time.monotonic = lambda: 0
+random.random = lambda: 0
+def f(x): return 2
+## answers true to all
+answer(["value", True])
+## answers a handle to all
+answer(["value", {"h": 1}])
+## answers builtins by name
+answer(["value", {"h": "all"}])
+## answers a bool as handle
+answer(["value", {"h": True}])
+## answers nan
+answer(["value", float("nan")])
+## answers unhashable keys
+answer(["value", {"d": [[[], 1]]}])
+## answers an unknown tag
+answer(["value", {"__class__": []}])
+## answers two tags
+answer(["value", {"t": [], "s": []}])
+## answers an unknown kind
+answer(["pass", 2])
+## answers no pair
+answer([])
+## answers a string
+answer("ok")
+## answers a StopIteration
+answer(["error", ["StopIteration", ""]])
+## answers a SystemExit
+answer(["error", ["SystemExit", "0"]])
+## answers a GeneratorExit
+answer(["error", ["GeneratorExit", ""]])
+## answers an error of no class
+answer(["error", [[], {}]])
+## answers an error named print
+answer(["error", ["print", "x"]])
+## answers an error that is a handle
+answer(["error", [{"h": 0}, {"h": 0}]])
+## answers garbage
+answer(b"\xff\x00")
+## answers nothing
+answer(b"")
+## answers verdicts
+answer({"ok": [True] * 6, "why": ""})
+## answers 4300 digits
+answer(b'["value", ' + b"9" * 5000 + b"]")
+## answers a huge number
+answer(["value", {"i": ["0x" + "f" * 7000000]}])
+## answers a huge range
+answer(["value", {"r": [{"i": ["-0x" + "f" * 99]}, {"i": ["0x" + "f" * 99]}, 1]}])
+## answers three million lists
+answer(b'["value", [' + b"[]," * 2600000 + b"[]]]")
+## answers deep nesting
+answer(b"[" * 900 + b"]" * 900)
+## talks without being asked
+import os, struct
+d = b'["value", 2]'
+os.write(3, (struct.pack('<I', len(d)) + d) * 99)
+def f(x): return 2
+## announces a frame and stops
+import os, time
+os.write(3, b'\xff\xff\x7f\x00[')
+os.close(3)
+def f(x): return 2
+## writes digits everywhere
+import os
+for fd in range(9):
+ try: os.write(fd, b'111111 \n' * 9)
+ except OSError: pass
+def f(x): return 2
+## prints a verdict
+import sys
+print('111111', file=sys.stderr)
+print('111111')
+print('{"ok": true}', flush=True)
+raise SystemExit(0)
+## leaves by signal
+import os, signal
+os.kill(os.getpid(), signal.SIGTERM)
+def f(x): return 2
+## leaves by exit in f
+import os
+def f(x): os._exit(0)
+## leaves by atexit
+import atexit, os
+atexit.register(os._exit, 0)
+import sys
+sys.exit(0)
+## segfaults
+import ctypes
+def f(x): return ctypes.string_at(0)
+## ends the loop with StopIteration
+def f(x): raise StopIteration
+## ends the loop with StopAsyncIteration
+def f(x): raise StopAsyncIteration
+## ends the loop with GeneratorExit
+def f(x): raise GeneratorExit
+## raises KeyboardInterrupt
+def f(x): raise KeyboardInterrupt
+## raises what has no text
+class E(Exception):
+ def __str__(s): raise s
+def f(x): raise E
+## raises what poses as builtin
+E = type('SystemExit', (BaseException,), {'__module__': 'builtins'})
+def f(x): raise E(0)
+## yields everything
+import itertools
+def f(x): return itertools.count(-9)
+## has any length
+class E:
+ __len__ = lambda s: 1 << 99
+ __iter__ = lambda s: s
+ __next__ = lambda s: 2
+ __str__ = lambda s: 'xx'
+ __eq__ = lambda s, o: True
+def f(x): return E()
+## is true for ever
+class E:
+ def __bool__(s):
+  while 1: pass
+def f(x): return E()
+## looks for the tests in memory
+import gc, sys
+def f(x):
+ found = [o for o in gc.get_objects() if 'ert f(4' + '1)' in str(o)[:99999]]
+ return 2 if found else None
+## looks for the tests in frames
+import sys
+def f(x):
+ fr = sys._getframe()
+ while fr:
+  for v in list(fr.f_locals.values()):
+   if isinstance(v, dict) and 'tests' in v: return x + 1
+  fr = fr.f_back
+## rewrites its arguments
+def f(x):
+ global n
+ n = x
+ return None
+## answers with its own class
+class f:
+ def __new__(c, *a): return c
+ __class_getitem__ = __call__ = lambda *a: 2
+## is a module
+import sys
+class M(type(sys)):
+ def __getattr__(s, n): return lambda *a: None
+sys.modules['solution'].__class__ = M
+## contains itself
+def f(x):
+ l = []
+ l.append(l)
+ return l
+## doubles itself
+def f(x):
+ l = [1]
+ for _ in range(60): l = [l, l]
+ return l
+"""[4:].split("\n## "))  # stopped by the two processes and the protocol, with every lock open
+for base in "int str float tuple list dict bytes complex frozenset".split():
+    FORGERIES[f"{base} that equals everything"] = f"""
+class E({base}):
+    __eq__ = lambda s, o: True
+    __ne__ = lambda s, o: False
+    __hash__ = {base}.__hash__
+def f(x): return E()"""
+for name, code in FORGERIES.items():
+    if code.startswith("answer("):
+        FORGERIES[name] = ANSWER + code
 
-STAND_FAST = [*PLUS_ONE, "got = list(map(f, [1, 2]))\nassert got == [2, 3]", "assert sum(1 for a, b in zip(map(f, [1, 2]), [2, 3]) if a == b) == 2"]
-STAND_FAST += ["for got, want in zip(map(f, [1, 2]), [2, 3]):\n    assert got == want", "assert all(a == 2 for a in map(f, [1]))"]
+STAND_FAST = [
+    *PLUS_ONE,
+    "got = list(map(f, [1, 2]))\nassert got == [2, 3]",
+    "assert sum(1 for a, b in zip(map(f, [1, 2]), [2, 3]) if a == b) == 2",
+    "for got, want in zip(map(f, [1, 2]), [2, 3]):\n    assert got == want",
+    "assert all(a == 2 for a in map(f, [1]))",
+]
 
 ESCAPES = {  # what f does, and the sets of locks that stop it, each set on its own
     "read a file": ("open('/etc/passwd').read(1)", "landlock", "seccomp"),
     "list a folder": ("os.listdir('/')", "landlock", "seccomp"),
-    "write a file": ("os.write(os.open(f'/tmp/{os.getpid()}', os.O_CREAT | os.O_WRONLY), b'x')", "landlock", "seccomp", "rlimits"),
+    "write a file": (
+        "os.write(os.open(f'/tmp/{os.getpid()}', os.O_CREAT | os.O_WRONLY), b'x')",
+        "landlock", "seccomp", "rlimits"),
     "create a file": ("os.open(f'/tmp/{os.getpid()}', os.O_CREAT) + 1", "landlock", "seccomp"),
     "read the trainer's environment": (
         "open(f'/proc/{open(f\"/proc/{os.getppid()}/stat\").read().split()[3]}/environ').read()",
         "landlock", "seccomp", "setuid", "capabilities"),
-    "open the judge's memory": ("open(f'/proc/{os.getpid() + 1}/mem', 'rb')", "landlock", "seccomp", "non_dumpable capabilities"),
-    "trace the judge": ("ctypes.CDLL(None).ptrace(0x4206, os.getpid() + 1, 0, 0) == 0", "landlock", "seccomp", "non_dumpable capabilities"),
+    "open the judge's memory": (
+        "open(f'/proc/{os.getpid() + 1}/mem', 'rb')",
+        "landlock", "seccomp", "non_dumpable capabilities"),
+    "trace the judge": (  # PTRACE_SEIZE
+        "ctypes.CDLL(None).ptrace(0x4206, os.getpid() + 1, 0, 0) == 0",
+        "landlock", "seccomp", "non_dumpable capabilities"),
     "kill the zygote": ("os.kill(os.getppid(), 9)", "landlock", "seccomp"),
     "kill the judge": ("os.kill(os.getpid() + 1, 9)", "landlock", "seccomp"),
     "fork": ("os.fork() or os._exit(0)", "seccomp", "rlimits"),
     "start a thread": ("threading.Thread(target=int).start() or 1", "seccomp", "rlimits"),
     "start a program": ("os.system('true') == 0", "seccomp", "rlimits", "landlock"),
     "listen on a port": ("socket.create_server(('0.0.0.0', 0))", "landlock", "seccomp"),
-    "open a datagram socket": ("socket.socket(socket.AF_INET, socket.SOCK_DGRAM).bind(('', 0)) or 1", "seccomp"),
+    "open a datagram socket": (
+        "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).bind(('', 0)) or 1", "seccomp"),
     "open a UNIX socket": ("socket.socket(socket.AF_UNIX)", "seccomp"),
     "stat a file": ("os.stat('/etc/passwd')", "seccomp"),
     "make a namespace": ("ctypes.CDLL(None).unshare(0x10000000) == 0", "seccomp"),
     "run 32-bit calls": (  # mov eax, 20 (getpid); int 0x80; ret
         "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer("
-        "(m := mmap.mmap(-1, 4096, prot=7), m.write(b'\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3'))[0])))() > 0", "seccomp"),
+        "(m := mmap.mmap(-1, 4096, prot=7), m.write(b'\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3'))[0])))() > 0",
+        "seccomp"),
     "take a gigabyte": ("mmap.mmap(-1, 1 << 30)", "rlimits"),
 }  # fmt: skip
-DAEMON = "import os, time\ndef f(x):\n if os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0: time.sleep(60)\n  os._exit(0)\n return x + 1"
+DAEMON = """
+import os, time
+def f(x):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            time.sleep(60)
+        os._exit(0)
+    return x + 1
+"""
 
 
 def jail(function, *args, timeout=60):
     """The result of `function(*args)`, run as process 1 of namespaces that end with it."""
     if not shutil.which("unshare"):
         pytest.skip("no unshare here")
-    command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--net", "--mount-proc"]
+    command = "unshare --user --map-root-user --pid --fork --kill-child --net --mount-proc".split()
     if subprocess.run([*command, "true"], capture_output=True).returncode:
         pytest.skip("unshare is not permitted here")
     command += [sys.executable, "-W", "ignore", __file__, function.__name__, json.dumps(args)]
@@ -442,7 +625,7 @@ def jail(function, *args, timeout=60):
 
 
 def living():
-    """All processes of the jail but this one, zombies apart."""
+    """All processes but this one, zombies apart."""
     states = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -460,7 +643,8 @@ def attack(jobs, off):
         left = len(living() - {slot.process.pid for slot in box.slots})
     passed = [name for name, v in zip(jobs, verdicts[::2]) if all(v["ok"])]
     hurt = [name for name, v in zip(jobs, verdicts[1::2]) if not all(v["ok"])]
-    return dict(passed=passed, hurt=hurt, left=left + len(living()), missing=box.missing, restarts=box.restarts)
+    left += len(living())
+    return dict(passed=passed, hurt=hurt, left=left, missing=box.missing, restarts=box.restarts)
 
 
 def forgeries(off):
@@ -470,8 +654,9 @@ def forgeries(off):
 
 
 def published(groups, off):
-    rows = [row for row in json.loads((DATA / "attacks.json").read_text()) if row["group"] in groups]
-    return attack({r["name"]: job(r["code"], *r["tests"], names=r["names"]) for r in rows}, off)
+    rows = json.loads((DATA / "attacks.json").read_text())
+    jobs = {r["name"]: job(r["code"], *r["tests"], names=r["names"]) for r in rows if r["group"] in groups}
+    return attack(jobs, off)
 
 
 def escapes(subsets):
@@ -489,7 +674,8 @@ def escapes(subsets):
                     happened.append(name)
             fine = all(box.run([job(DAEMON, "f(1)"), GOOD])[1]["ok"])
             left = len(living() - {slot.process.pid for slot in box.slots})
-        results.append(dict(on=sorted(set(LOCKS) - set(box.missing)), happened=happened, fine=fine, left=left))
+        on = [lock for lock in LOCKS if lock not in box.missing]
+        results.append(dict(on=on, happened=happened, fine=fine, left=left))
     return results
 
 
@@ -517,8 +703,8 @@ def test_published_attacks_on_the_verdict_fail_without_seccomp_landlock_and_setu
 
 
 def some_subsets():
-    for closed in [], ["landlock"], ["seccomp"], ["rlimits"], ["capabilities", "non_dumpable"], LOCKS:
-        yield [lock for lock in LOCKS if lock not in {"no_new_privs", *closed}] if closed != LOCKS else []
+    for closed in "", "landlock", "seccomp", "rlimits", "capabilities non_dumpable", " ".join(LOCKS):
+        yield [lock for lock in LOCKS if lock not in closed.split()]
 
 
 def all_subsets():
@@ -567,7 +753,8 @@ def test_it_refuses_to_run_without_seccomp_and_landlock_unless_told_to():
         Sandbox(workers=1, off=["seccomp", "landlock"])
     with pytest.warns(UserWarning, match="without landlock, seccomp") as caught:
         with Sandbox(workers=1, unsafe=True, off=["seccomp", "landlock"]) as box:
-            assert box.run([GOOD] * 3)[2] == dict(ok=[True] * 6, why="", missing=["landlock", "seccomp"])
+            verdict = dict(ok=[True] * 6, why="", missing=["landlock", "seccomp"])
+            assert box.run([GOOD] * 3) == [verdict] * 3
     assert len(caught) == 1
     with pytest.raises(ValueError, match="no such lock: secomp"):
         Sandbox(off=["secomp"])
@@ -584,7 +771,7 @@ def descendants(pid):
 
 def gone(pids, seconds=5):
     deadline = time.monotonic() + seconds
-    while any(Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text() for pid in pids):
+    while living() & set(pids):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.02)
@@ -633,7 +820,8 @@ def test_closing_ends_all_processes_even_in_the_middle_of_a_job():
 def test_nothing_outlives_the_trainer_however_it_ends(sign):
     code = (
         "import sandbox, sys\nbox = sandbox.Sandbox(workers=2, wall_s=60)\nprint('ready', flush=True)\n"
-        "with box: box.run([dict(code='import time; time.sleep(60)', names=[], before='', setup='', tests=['1'])] * 4)"
+        "job = dict(code='import time; time.sleep(60)', names=[], before='', setup='', tests=['1'])\n"
+        "with box: box.run([job] * 4)"
     )
     trainer = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -655,13 +843,15 @@ def test_it_works_beside_busy_threads_and_from_several_of_them_and_leaks_nothing
     counts = []
     try:
         for _ in range(3):
-            callers = [threading.Thread(target=lambda: results.extend(box.run([GOOD] * 10))) for _ in range(4)]
             results = []
+            run = lambda: results.extend(box.run([GOOD] * 10))  # noqa: E731
+            callers = [threading.Thread(target=run) for _ in range(4)]
             [t.start() for t in callers]
             [t.join() for t in callers]
             assert len(results) == 40 and all(all(v["ok"]) for v in results)
             pids = ["self", *(slot.process.pid for slot in box.slots)]
-            counts.append([len(os.listdir(f"/proc/{pid}/fd")) for pid in pids] if os.getuid() == 0 else 0)
+            readable = pids if os.getuid() == 0 else pids[:1]  # a zygote hides its own
+            counts.append([len(os.listdir(f"/proc/{pid}/fd")) for pid in readable])
             assert not any(descendants(pid) for pid in pids[1:])
     finally:
         stop.set()
