@@ -1531,7 +1531,10 @@ def preset(argv: list[str]) -> Config:
             raise ValueError("--resume: say which run with --out runs/<name>")
         if not file.exists():
             raise ValueError(f"--resume: --out {given('--out')} holds no run (no config.json there)")
-        return Config(**json.loads(file.read_text()))
+        try:
+            return Config(**model.read_json(file))
+        except TypeError as error:
+            raise ValueError(f"{file}: not of this version ({error})") from None
     path = model_folder(given("--model") or "") or ("GSAI-ML/LLaDA-8B-Instruct" if torch.cuda.is_available() else "tiny")
     return Config(model=path, **(SMALL if is_small(path) else {}))
 
@@ -1540,7 +1543,7 @@ def is_small(path: str) -> bool:
     file = (HERE / "tiny" if path == "tiny" else Path(path)) / "config.json"
     if not file.exists():
         return False
-    raw = json.loads(file.read_text())
+    raw = model.read_json(file)
     return raw.get("d_model", raw.get("hidden_size", 4096)) < 1024
 
 

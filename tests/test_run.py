@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 from toy import toy_model
 
+import data
 import egspo
 import letters  # noqa: F401  the task of these runs
 
 REPO = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("EGSPO_SHARED", REPO.parent / "shared"))
 SMALL = (
     "--task letters --C 12 --T 6 --block 12 --B 2 --G 2 --K 2 --micro 4 --no-compile --lr 1e-2 "
     "--eval-every 4 --save-every 2 --eval-n 4 --precision float32"
@@ -300,3 +302,71 @@ def test_help_lists_every_flag_with_its_comment():
     for flag in ("--task", "--lam", "--K", "--likelihood", "--eval-only", "--no-compile", "--lora-r"):
         assert flag in done.stdout
     assert "selected denoising steps" in done.stdout
+
+
+# ---- adapters, real models ------------------------------------------------------------------------
+
+
+def test_an_adapter_run_resumes_exactly_is_a_model_and_merges(toy, tmp_path):
+    lora = ["--lora-r", 4, "--lora-alpha", 8]
+    train(toy, tmp_path / "whole", *lora, "--steps", 4)
+    train(toy, tmp_path / "cut", *lora, "--steps", 2)
+    train(toy, tmp_path / "cut", "--resume", "--steps", 4)
+    read = lambda out: load_file(out / "checkpoints" / "latest" / "adapter_model.safetensors")
+    assert same(read(tmp_path / "whole"), read(tmp_path / "cut"))
+    before = [e["m"]["kl"] for e in events(tmp_path / "whole") if e["e"] == "step"]
+    assert before[0] == 0 and before[-1] > 0  # the reference is the base, not the adapter
+    checkpoint = tmp_path / "whole" / "checkpoints" / "latest"
+    done = run("--model", checkpoint, "--merge", "--out", tmp_path / "full")
+    assert done.returncode == 0, done.stderr
+    scores = []
+    for path in (checkpoint, tmp_path / "full"):
+        done = run("--model", path, *SMALL, "--eval-only", "--out", tmp_path / "scores")
+        assert done.returncode == 0, done.stderr
+        scores.append(json.loads((path / "test-letters.json").read_text())[0]["reward"])
+    assert scores[0] == pytest.approx(scores[1], abs=0.05)
+
+
+def test_the_dry_run_counts_an_8b_model_and_says_where_it_fits(tmp_path):
+    config = SHARED / "fixtures" / "llada-8b-instruct" / "config.json"
+    if not config.exists():
+        pytest.skip("the published config.json is not here")
+    (tmp_path / "8b").mkdir()
+    (tmp_path / "8b" / "config.json").write_text(config.read_text())
+    done = run("--model", tmp_path / "8b", "--dry-run", "--P", 200)
+    assert done.returncode == 0, done.stderr
+    assert "8,015.6 M parameters, 335.5 M trained" in done.stdout
+    done = run("--model", tmp_path / "8b", *"--dry-run --quantize nf4 --optimizer adamw8bit".split())
+    assert "24 GB: fits" in done.stdout
+
+
+def test_the_real_chat_templates_work_without_remote_code(tmp_path, toy):
+    dream, llada = (SHARED / "fixtures" / f"{name}-instruct" for name in ("dream-7b", "llada-8b"))
+    if not dream.exists():
+        pytest.skip("the published tokenizer settings are not here")
+    problem = data.Problem("letters", "Wie heißt du? 12 → 13", None, "0")
+    tokenizer = egspo.load_tokenizer(dream, "dream")
+    ids = egspo.chat_ids([problem], tokenizer)[0]
+    assert tokenizer.mask_token_id == json.loads((dream / "config.json").read_text())["mask_token_id"]
+    assert tokenizer.decode(ids).endswith(
+        "<|im_start|>user\n" + problem.prompt + "<|im_end|>\n<|im_start|>assistant\n"
+    )
+    # LLaDA's vocabulary is not here: its settings over the toy's, with the config that asks for code
+    for file in (llada / "config.json", llada / "tokenizer_config.json", toy / "tokenizer.json"):
+        (tmp_path / file.name).write_text(file.read_text())
+    tokenizer = egspo.load_tokenizer(tmp_path, "llada")
+    assert tokenizer.decode(egspo.chat_ids([problem], tokenizer)[0]) == (
+        "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n" + problem.prompt
+        + "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    )  # fmt: skip
+
+
+def test_evaluation_by_lengths_and_with_samples_writes_its_numbers(toy, tmp_path):
+    words = "--eval-only --lengths 4 8 --samples 4 --temperature 2.0".split()
+    done = run("--model", toy, *SMALL, *words, "--block", 4, "--T", 6, "--K", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((toy / "test-letters.json").read_text())
+    assert [(r["length"], r["T"]) for r in results] == [(4, 2), (8, 4)]
+    for r in results:
+        assert r["pass@1"] == pytest.approx(r["accuracy"], abs=1e-3) and r["pass@1"] <= r["pass@2"]
+        assert r["forwards"] <= r["T"] and "pass@4" not in r
