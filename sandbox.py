@@ -17,7 +17,7 @@ program's own is ever a verdict; whatever goes wrong fails the test at hand, and
 program is gone.
 
 Seven locks hold the processes, each tried on its own; `missing` in a verdict names those that a
-machine lacks. Every row here is a test, run with each subset of the locks:
+machine lacks. Every row here is a test; what takes a lock to stop is tried with every subset:
 
     attack                                   stopped by any one of          with those open
     forge replies, equal anything, patch     two processes, plain data      always stopped
