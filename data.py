@@ -30,6 +30,7 @@ import csv
 import gzip
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -216,6 +217,7 @@ def read(name: str, data_dir: str | None) -> list[Row]:
     if not rows:
         from datasets import load_dataset  # takes a second, and most tasks do without
 
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the line below says it once
         try:
             found = load_dataset(
                 source.hub, source.config, split=source.split, revision=source.revision

@@ -17,6 +17,7 @@ the head. Bad files raise one line: FileNotFoundError for what is absent, ValueE
 
 import importlib.util
 import json
+import logging
 import math
 import re
 from collections.abc import Iterator
@@ -368,6 +369,7 @@ def find_folder(path: str | Path, revision: str | None = None) -> Path:
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
         from huggingface_hub import snapshot_download
 
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the line below says it once
         kinds = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
         try:
             return Path(snapshot_download(str(path), revision=revision, allow_patterns=kinds))
