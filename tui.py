@@ -1110,11 +1110,11 @@ def header(view: View, log: Log, width: int) -> Row:
     return [(text, f"{style or look.fg} on {look.bar}") for text, style in fit(row, width)]
 
 
-HINTS = {2: "up/down iteration", 4: "j/k row  s sort  / filter  enter open",
+HINTS = {0: "j/k run", 2: "up/down iteration", 4: "j/k row  s sort  / filter  enter open",
          5: "j/k chart  enter zoom  / filter  s smooth  y log", 6: "j/k scroll  n alert"}
 
 
-def footer(view: View, log: Log, width: int) -> Row:
+def footer(view: View, runs: int, width: int) -> Row:
     """What is being typed, or what there is to say, or the keys of this view as far as they fit."""
     look, row = view.look, []
     if view.typing or view.filter:
@@ -1125,7 +1125,8 @@ def footer(view: View, log: Log, width: int) -> Row:
     else:
         names = [f"{i} {name}" for i, name in enumerate(VIEWS, 1)]
         names = names if width >= 90 else [f"1-6 {VIEWS[view.number - 1]}"]
-        hints = HINTS.get(view.number, "h/l step  n chosen  space play  j/k sample  x guess")
+        several = 0 if runs > 1 and view.number == 1 else view.number
+        hints = HINTS.get(several, "h/l step  n chosen  space play  j/k sample  x guess")
         always = [f"f follow {'on' if view.follow else 'off'}", "? help", "q quit"]
         for hint in [*names, *hints.split("  "), *always]:
             key, word = hint.split(" ", 1)
@@ -1153,7 +1154,7 @@ def strip_panel(view: View, log: Log, sample: Sample | None, width: int, height:
         entropy, count = run.entropy[it], run.chosen[it]
         n = run.rows[it] or max(count, default=1) or 1
         options, K = dict(share=[c / n for c in count]), K if any(count) else 0
-        title, right = f"{it}, mean of {n}", f"{look('sel')} chosen, bright: by many" if K else ""
+        title, right = f"{it}, mean of {n}", f"{look('sel')} chosen, strong: by many" if K else ""
     else:
         return panel("entropy", "waiting for the first rollout", width, height, look)
     T = T or len(entropy)
@@ -1531,7 +1532,7 @@ def frame(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]
         return block([[("needs 20x5", "")]], width, height)
     body = (help_view if view.help else SCREENS[view.number - 1])(view, logs, width, height - 2)
     log = logs[view.run]
-    return [header(view, log, width), *block(body, width, height - 2), footer(view, log, width)]
+    return [header(view, log, width), *block(body, width, height - 2), footer(view, len(logs), width)]
 
 
 # ---- out of the terminal -------------------------------------------------------------------------
@@ -1979,10 +1980,9 @@ def main() -> int:
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 2
-    if args.serve:
+    if args.serve and "TEXTUAL_DRIVER" not in os.environ:  # else this is what the server started
         from textual_serve.server import Server
-        words = [word for word in sys.argv[1:] if word not in ("--serve", str(args.serve))]
-        command = shlex.join([sys.executable, __file__, *words])
+        command = shlex.join([sys.executable, __file__, *sys.argv[1:]])
         Server(command, "127.0.0.1", args.serve, title="tui.py").serve()
         return 0
     encoding = sys.stdout.encoding or "ascii"

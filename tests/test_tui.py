@@ -659,3 +659,30 @@ def test_the_monitor_is_quick_and_quiet_in_a_real_terminal():
     assert figures["first frame s"] < 2 and figures["first frame of the large log s"] < 3
     assert figures["idle cpu"] < 0.03 and figures["tailing KiB/s"] < 40
     assert figures["event to screen s"] < 0.5 and figures["MiB"] < 80
+
+
+@pytest.mark.slow
+def test_trainer_and_monitor_run_side_by_side(tmp_path):
+    import monitor
+    if not (ROOT / "tiny" / "model.safetensors").exists():
+        pytest.skip("needs the embedded model")
+    out = tmp_path / "both"
+    trainer = subprocess.Popen(
+        [sys.executable, str(ROOT / "egspo.py"), "--steps", "2", "--B", "2", "--G", "2", "--no-compile",
+         "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (out / "events.jsonl").exists() and trainer.poll() is None:
+            time.sleep(0.1)
+        session = monitor.Session(str(out))
+        session.read(20, until=b"live")
+        session.read(200, until=b"finished")
+        assert trainer.wait(30) == 0
+        seen = session.close()
+    finally:
+        trainer.kill()
+    assert b"Traceback" not in seen
+    log = load(out)
+    assert log.status()[0] == "finished" and log.run.bad == 0 and log.run.done == 2
+    sample = log.sample(1, 0)
+    assert len(sample.tok) == log.run.size("C") and sample.sel and len(sample.x0) == len(sample.sel)
+    assert sample.at(sample.T) == sample.tok and 0 < sum(map(bool, sample.at(0))) < len(sample.tok)
