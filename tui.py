@@ -488,6 +488,7 @@ GLYPHS = {kind: dict(zip(NAMES.split(), glyphs.split())) for kind, glyphs in
           (("braille", UNICODE), ("block", UNICODE), ("ascii", ASCII))}
 STATUS = {"live": "●*teal", "finished": "■#teal", "stopped": "▪#sky", "quiet": "◌oorange",
           "dead": "✖xorange", "crashed": "✖xorange", "waiting": "○odim"}
+GOING = ("live", "quiet")
 
 
 @lru_cache(4096)
@@ -1060,7 +1061,7 @@ def nearest(keys: Iterable[int], wanted: int) -> int:
 
 def on_screen(view: View, log: Log) -> Sample | None:
     """The rollout in progress while following, else a logged sample."""
-    live = log.run.live() if view.follow and log.status()[0] in ("live", "quiet") else None
+    live = log.run.live() if view.follow and log.status()[0] in GOING else None
     key = key_of(view, log)
     return live or (log.sample(*key) if key else None)
 
@@ -1074,7 +1075,7 @@ def header(view: View, log: Log, width: int) -> Row:
     """State, name, progress and pace on one row; what does not fit goes, from the right."""
     run, look, (state, age) = log.run, view.look, log.status()
     glyph, plain_glyph, *colour = STATUS.get(state, STATUS["finished"])
-    going, iters = state in ("live", "quiet"), run.size("iters")
+    going, iters = state in GOING, run.size("iters")
     seconds, left = run.latest("t/total"), run.latest("eta_s")
     if left is None and seconds and iters:
         left = (iters - run.done) * seconds
@@ -1153,7 +1154,7 @@ def strip_panel(view: View, log: Log, sample: Sample | None, width: int, height:
         it = max(run.entropy) if view.it is None else nearest(run.entropy, view.it)
         entropy, count = run.entropy[it], run.chosen[it]
         n = run.rows[it] or max(count, default=1) or 1
-        options, K = dict(share=[c / n for c in count]), K if any(count) else 0
+        options, K = dict(share=[c / n for c in count], t=view.t), K if any(count) else 0
         title, right = f"{it}, mean of {n}", f"{look('sel')} chosen, strong: by many" if K else ""
     else:
         return panel("entropy", "waiting for the first rollout", width, height, look)
@@ -1846,10 +1847,10 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
                     one.refresh(*(Region(0, y, end - start, 1) for y in lines))
 
         def news(self) -> list[tuple]:
-            """What makes a new frame necessary, keys apart: events, states, and their age."""
-            states = [log.status() for log in logs]
-            return [(log.run.lines, state, int(age) if age >= 5 else 0)
-                    for log, (state, age) in zip(logs, states)]
+            """What makes a new frame necessary, keys apart: events, the state, a growing silence."""
+            states = [(log.run.lines, *log.status()) for log in logs]
+            return [(lines, state, int(age) if age >= 5 and state in GOING else 0)
+                    for lines, state, age in states]
 
         def pump(self) -> None:
             """Read what is new, for 40 ms at most, and show it; go on at once if there is more."""
@@ -1933,7 +1934,7 @@ def follow(log: Log, hz: float) -> None:
             print(f"it {line[0]:>5}  {line[2]}", flush=True)
         told.update(lines)
         state = log.status()[0]
-        if not behind and state not in ("live", "quiet", "waiting"):
+        if not behind and state not in (*GOING, "waiting"):
             print(f"{state} after {run.done} updates", flush=True)
             return
         time.sleep(0 if behind else 1 / hz)

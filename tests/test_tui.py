@@ -661,6 +661,26 @@ def test_the_monitor_is_quick_and_quiet_in_a_real_terminal():
     assert figures["event to screen s"] < 0.5 and figures["MiB"] < 80
 
 
+REAL = Path(__file__).parent / "run"  # a run of the default, as the trainer wrote it
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="no real log here")
+def test_a_real_log_is_read_whole_and_shown():
+    log = load(REAL)
+    run = log.run
+    assert run.bad == 0 and log.status()[0] == "finished" and run.done == run.size("iters")
+    assert run.evals[run.done]["accuracy"] > run.evals[0]["accuracy"]
+    for it, rows in run.samples.items():
+        for s in rows:
+            sample = log.sample(it, s)
+            assert len(sample.tok) == run.size("C") and sample.T == run.size("T")
+            assert len(sample.sel) == len(sample.adv) == len(sample.ratio) == run.size("K")
+            moves = [sum(when == t for when in sample.rev) for t in range(sample.T)]
+            assert set(moves) <= {0, run.size("C") // run.size("T")}
+    for number in range(1, 7):
+        check(tui.frame(tui.View(number=number), [log], 120, 40), 120, 40)
+
+
 @pytest.mark.slow
 def test_trainer_and_monitor_run_side_by_side(tmp_path):
     import monitor
