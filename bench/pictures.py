@@ -63,8 +63,10 @@ def main() -> None:
     log = load(path)
     sample = next(s for it in reversed(sorted(log.run.samples)) for k in log.run.samples[it]
                   if (s := log.sample(it, k)) and s.sel)
-    rows = 30 if sum(tui.token_widths(sample, tui.Look())) < 100 else 40
-    view = tui.View(number=3, it=sample.it, s=sample.s, t=sorted(sample.sel)[len(sample.sel) // 2], follow=False)
+    short = sum(tui.token_widths(sample, tui.Look())) < 100
+    rows = min(40, sample.T + 14) if short else 36
+    step = sorted(sample.sel)[len(sample.sel) // 2]
+    view = tui.View(number=3, it=sample.it, s=sample.s, t=step, follow=False)
     picture("trajectory", log, view, (120, rows), args.out)
     picture("entropy", log, tui.View(number=2), (120, 40), args.out)
     picture("curves", log, tui.View(number=5), (120, 40), args.out)
