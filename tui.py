@@ -1357,7 +1357,7 @@ def entropy_view(view: View, logs: Sequence[Log], width: int, height: int) -> li
 
 
 def trajectory_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
-    log, top = logs[view.run], max(5, min(12, height // 4)) if height >= 14 else 0
+    log, top = logs[view.run], max(5, min(11, height // 3)) if height >= 14 else 0
     sample = on_screen(view, log)
     rows = strip_panel(view, log, sample, width, top) if top else []
     return rows + trajectory(view, log, sample, width, height - top)

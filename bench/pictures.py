@@ -64,7 +64,7 @@ def main() -> None:
     sample = next(s for it in reversed(sorted(log.run.samples)) for k in log.run.samples[it]
                   if (s := log.sample(it, k)) and s.sel)
     short = sum(tui.token_widths(sample, tui.Look())) < 100
-    rows = min(40, sample.T + 14) if short else 36
+    rows = min(40, sample.T + 16) if short else 36
     step = sorted(sample.sel)[len(sample.sel) // 2]
     view = tui.View(number=3, it=sample.it, s=sample.s, t=step, follow=False)
     picture("trajectory", log, view, (120, rows), args.out)
