@@ -264,7 +264,7 @@ class Run:
         """Updates made."""
         return max((s.its[-1] for s in self.series.values() if s.its), default=-1) + 1
 
-    def live(self) -> "Sample | None":
+    def live(self) -> Sample | None:
         """The rollout in progress as far as it was logged; None between rollouts."""
         sample, C, T = None, self.size("C"), self.size("T")
         for line in self.rollout:
@@ -313,7 +313,7 @@ class Sample:
     live: bool = False
 
     @classmethod
-    def parse(cls, line: bytes, T: int = 0) -> "Sample":
+    def parse(cls, line: bytes, T: int = 0) -> Sample:
         """The trajectory in a sample event; raises one of UNUSABLE for what is none."""
         event = {name: value for name, value in json.loads(line).items() if value is not None}
         sample = cls(*(int(event.get(name, 0)) for name in ("it", "s", "p", "g")))
@@ -1531,9 +1531,9 @@ def frame(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]
     """The whole terminal: exactly `height` rows of `width` cells."""
     if width < 20 or height < 5:
         return block([[("needs 20x5", "")]], width, height)
-    body = (help_view if view.help else SCREENS[view.number - 1])(view, logs, width, height - 2)
-    log = logs[view.run]
-    return [header(view, log, width), *block(body, width, height - 2), footer(view, len(logs), width)]
+    screen = help_view if view.help else SCREENS[view.number - 1]
+    body = block(screen(view, logs, width, height - 2), width, height - 2)
+    return [header(view, logs[view.run], width), *body, footer(view, len(logs), width)]
 
 
 # ---- out of the terminal -------------------------------------------------------------------------
@@ -1595,8 +1595,8 @@ def svg(rows: Sequence[Row], look: Look) -> str:
             if rest.strip():
                 weight = ' font-weight="bold"' * ("bold" in words)
                 slant = ' font-style="italic"' * ("italic" in words)
-                out.append(f'<text x="{start * W}" y="{y * H + 13.5}" fill="{colour}" '
-                           f'textLength="{cell_len(rest) * W}"{weight}{slant}>{escape(rest)}</text>')
+                place = f'x="{start * W}" y="{y * H + 13.5}" textLength="{cell_len(rest) * W}"'
+                out.append(f'<text {place} fill="{colour}"{weight}{slant}>{escape(rest)}</text>')
     w, h = max(map(cells, rows), default=0) * W + 16, len(rows) * H + 16
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{w}" height="{h}" '
             f'viewBox="-8 -8 {w} {h}" font-size="15" xml:space="preserve" '
@@ -1847,7 +1847,7 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
                     one.refresh(*(Region(0, y, end - start, 1) for y in lines))
 
         def news(self) -> list[tuple]:
-            """What makes a new frame necessary, keys apart: events, the state, a growing silence."""
+            """What makes a new frame necessary, keys apart: events, the state, growing silence."""
             states = [(log.run.lines, *log.status()) for log in logs]
             return [(lines, state, int(age) if age >= 5 and state in GOING else 0)
                     for lines, state, age in states]
@@ -1942,7 +1942,7 @@ def follow(log: Log, hz: float) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="tui.py", description="Watch a training run, look at one that is over, compare several.",
+        description="Watch a training run, look at one that is over, compare several.",
         epilog="Exit codes: 0 fine, 2 no such run, 3 the log is newer than this program.")
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folder or events.jsonl (default: newest in runs/)")
@@ -1952,7 +1952,7 @@ def arguments() -> argparse.Namespace:
     add("--list", action="store_true", help="all runs in the folder RUN (default runs/)")
     add("--svg", metavar="FILE", type=Path, help="write one frame as a picture")
     add("--replay", type=float, default=0.0, metavar="SPEED", help="a log as if being written")
-    add("--serve", nargs="?", type=int, const=8000, metavar="PORT", help="in a browser at 127.0.0.1")
+    add("--serve", nargs="?", type=int, const=8000, metavar="PORT", help="to a local browser")
     add("--view", default="1", choices=[*VIEWS, *"123456"], metavar="VIEW", help=", ".join(VIEWS))
     add("--it", type=int, help="open at this iteration ...")
     add("--sample", type=int, help="... this sample of it ...")
@@ -1998,7 +1998,7 @@ def main() -> int:
         while log.poll(0.05) and not live:
             pass
     if any(log.run.newer for log in logs):
-        print(f"the log is newer than version {SCHEMA}, which tui.py knows: update", file=sys.stderr)
+        print(f"the log is newer than version {SCHEMA}: update tui.py", file=sys.stderr)
         return 3
     size = shutil.get_terminal_size((120, 40))
     if live:

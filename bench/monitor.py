@@ -1,6 +1,6 @@
 """What does the monitor cost? Runs tui.py in a real pseudo-terminal and prints one figure a line.
 
-    python bench/monitor.py            # about a minute
+python bench/monitor.py            # about a minute
 """
 
 from __future__ import annotations

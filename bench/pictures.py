@@ -2,8 +2,8 @@
 
     python bench/pictures.py runs/NAME            # writes assets/*.png; needs rsvg-convert
 
-Every picture is a frame of tui.py as it is on a terminal, drawn as shapes. The overview is the run as
-it was in the middle of a rollout (the log up to there), the others show it at its end.
+Every picture is a frame of tui.py as it is on a terminal, drawn as shapes. The overview is the run
+as it was in the middle of a rollout (the log up to there), the others show it at its end.
 """
 
 from __future__ import annotations
@@ -51,18 +51,26 @@ def picture(name: str, log: tui.Log, view: tui.View, size: tuple[int, int], fold
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("run", help="run folder or events.jsonl")
     parser.add_argument("--out", type=Path, default=ROOT / "assets")
-    parser.add_argument("--share", type=float, default=0.6, help="how far into the run the overview is")
+    parser.add_argument(
+        "--share", type=float, default=0.6, help="how far into the run the overview is"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     path = tui.find(args.run)
     with tempfile.TemporaryDirectory() as folder:
         picture("overview", load(cut(path, args.share, folder)), tui.View(), (120, 40), args.out)
     log = load(path)
-    sample = next(s for it in reversed(sorted(log.run.samples)) for k in log.run.samples[it]
-                  if (s := log.sample(it, k)) and s.sel)
+    sample = next(
+        s
+        for it in reversed(sorted(log.run.samples))
+        for k in log.run.samples[it]
+        if (s := log.sample(it, k)) and s.sel
+    )
     short = sum(tui.token_widths(sample, tui.Look())) < 100
     rows = min(40, sample.T + 16) if short else 36
     step = sorted(sample.sel)[len(sample.sel) // 2]

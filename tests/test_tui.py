@@ -49,14 +49,23 @@ def live(runs: Path) -> tui.Log:
 
 
 def lines(*events: dict) -> bytes:
-    return b"".join(fake_run.encode({"ts": 1.76e9 + q} | event, q) for q, event in enumerate(events))
+    return b"".join(
+        fake_run.encode({"ts": 1.76e9 + q} | event, q) for q, event in enumerate(events)
+    )
 
 
 META = dict(e="meta", v=1, run="r", T=4, K=2, L=8, block=4, N=2, G=2, iters=9, resume=None)
 
 
 def step(it: int, **metrics) -> dict:
-    return dict(e="step", it=it, m={"reward/mean": 0.5} | metrics, ent=[2, 1, 0.5, 0.2], sel=[2, 2, 0, 0], n=2)
+    return dict(
+        e="step",
+        it=it,
+        m={"reward/mean": 0.5} | metrics,
+        ent=[2, 1, 0.5, 0.2],
+        sel=[2, 2, 0, 0],
+        n=2,
+    )
 
 
 def feed(*events: dict) -> tui.Run:
@@ -131,7 +140,9 @@ def test_a_file_that_starts_over_is_read_from_its_start(tmp_path, how):
     path = tmp_path / "events.jsonl"
     path.write_bytes(lines(META, step(0), step(1)))
     log = load(path)
-    new = lines(META | {"ts": 1.77e9, "run": "new"}, *map(step, range(5 if how == "regrown" else 1)))
+    new = lines(
+        META | {"ts": 1.77e9, "run": "new"}, *map(step, range(5 if how == "regrown" else 1))
+    )
     if how == "replaced":
         path.with_suffix(".new").write_bytes(new)
         os.replace(path.with_suffix(".new"), path)
@@ -160,8 +171,14 @@ def test_what_is_not_a_number_arrives_and_is_news():
 
 def test_a_resume_makes_what_came_after_it_void():
     sample = dict(e="sample", it=3, s=0, tok=["a"], rev=[0])
-    run = feed(META, *map(step, range(5)), sample, dict(e="eval", it=4, m={"accuracy": 0.5}),
-               dict(e="end", status="crashed"), META | {"resume": 2})
+    run = feed(
+        META,
+        *map(step, range(5)),
+        sample,
+        dict(e="eval", it=4, m={"accuracy": 0.5}),
+        dict(e="end", status="crashed"),
+        META | {"resume": 2},
+    )
     assert run.done == 2 and sorted(run.entropy) == [0, 1]
     assert not run.samples and not run.evals and run.end is None
     assert feed(META, *map(step, range(5)), META).done == 0
@@ -170,7 +187,16 @@ def test_a_resume_makes_what_came_after_it_void():
 def test_unknown_events_and_keys_are_ignored_and_unusable_lines_are_counted():
     run = feed(META | {"colour": "red"}, dict(e="telepathy", it=1), step(0) | {"x": 1})
     assert run.done == 1 and run.bad == 0
-    for line in (b"{", b"[]", b"7", b"", b"\xff\xfe", b'{"e":"step"}', b'{"e":"sample","q"}', b'{"e":"phase","it":"x"}'):
+    for line in (
+        b"{",
+        b"[]",
+        b"7",
+        b"",
+        b"\xff\xfe",
+        b'{"e":"step"}',
+        b'{"e":"sample","q"}',
+        b'{"e":"phase","it":"x"}',
+    ):
         run.feed(line)
     assert run.bad == 8 and run.done == 1
     run.feed(lines(step(10**30)).strip())
@@ -179,8 +205,12 @@ def test_unknown_events_and_keys_are_ignored_and_unusable_lines_are_counted():
 
 
 def test_a_hundred_thousand_lines_take_less_than_three_seconds(tmp_path):
-    events = [dict(e="denoise", it=0, b=0, t0=i, s=0, H=[0.5], rv=[[i, "x", 0.5]]) for i in range(18)]
-    body = b"".join(lines(*events, dict(e="phase", it=i, name="update"), step(i)) for i in range(5000))
+    events = [
+        dict(e="denoise", it=0, b=0, t0=i, s=0, H=[0.5], rv=[[i, "x", 0.5]]) for i in range(18)
+    ]
+    body = b"".join(
+        lines(*events, dict(e="phase", it=i, name="update"), step(i)) for i in range(5000)
+    )
     path = tmp_path / "events.jsonl"
     path.write_bytes(lines(META) + body)
     began = time.process_time()
@@ -210,8 +240,15 @@ def test_the_state_of_a_run_is_told_apart(tmp_path):
 
 
 def test_a_trajectory_is_the_tokens_and_when_they_were_revealed(runs):
-    event = dict(e="sample", it=0, s=0, tok=["a", "b", "c", ""], rev=[1, 0, 2, 3], ent=[1, 1, 1],
-                 edit=[[2, 1, None], [5, 1, "B"]])
+    event = dict(
+        e="sample",
+        it=0,
+        s=0,
+        tok=["a", "b", "c", ""],
+        rev=[1, 0, 2, 3],
+        ent=[1, 1, 1],
+        edit=[[2, 1, None], [5, 1, "B"]],
+    )
     sample = tui.Sample.parse(json.dumps(event).encode())
     assert sample.at(0) == [None, "b", None, None]
     assert sample.at(1) == ["a", "b", None, None]
@@ -256,31 +293,70 @@ def check(rows: list, width: int, height: int) -> None:
 
 
 LOOKS = [tui.Look(), tui.Look("magma", "block", True), tui.Look("grey", "ascii")]
-VALUES = st.lists(st.one_of(st.floats(-1e9, 1e9), st.just(math.nan), st.just(math.inf), st.just(0.0)), max_size=80)
+VALUES = st.lists(
+    st.one_of(st.floats(-1e9, 1e9), st.just(math.nan), st.just(math.inf), st.just(0.0)), max_size=80
+)
 
 
 @settings(max_examples=150, deadline=None)
-@given(VALUES, st.integers(1, 140), st.integers(1, 130), st.integers(2, 20), st.sampled_from(LOOKS), st.booleans())
+@given(
+    VALUES,
+    st.integers(1, 140),
+    st.integers(1, 130),
+    st.integers(2, 20),
+    st.sampled_from(LOOKS),
+    st.booleans(),
+)
 def test_every_picture_fills_exactly_its_cells(values, T, width, height, look, log):
     positive = [abs(value) for value in values]
     check(tui.strip(positive, T, width, height, look, K=3, sel=[0, T - 1], t=T // 2), width, height)
     check(tui.strip(positive, T, width, height, look, share=[0.5] * T, every=7), width, height)
     its = range(5, 5 + len(values))
-    curves = [tui.Curve("raw", its, values, look.sky, faint=True), tui.Curve("a", its, values, look.orange)]
-    check(tui.chart(curves, width, height, look, log=log, points=[(3, 0.5), (9, math.nan)], cursor=6), width, height)
-    check(tui.carpet([positive, positive[:3]], [0, 1], width, height, look, 2.0, it=1), width, height)
+    curves = [
+        tui.Curve("raw", its, values, look.sky, faint=True),
+        tui.Curve("a", its, values, look.orange),
+    ]
+    check(
+        tui.chart(curves, width, height, look, log=log, points=[(3, 0.5), (9, math.nan)], cursor=6),
+        width,
+        height,
+    )
+    check(
+        tui.carpet([positive, positive[:3]], [0, 1], width, height, look, 2.0, it=1), width, height
+    )
     check([tui.spark(values, width, look)], width, 1)
 
 
-TOKENS = st.lists(st.one_of(st.text(max_size=6), st.sampled_from(["\n", " the", "数学", "e\u0301", "🙂", "\t", "\x1b[1m", "한국어"])), max_size=40)
+TOKENS = st.lists(
+    st.one_of(
+        st.text(max_size=6),
+        st.sampled_from(["\n", " the", "数学", "e\u0301", "🙂", "\t", "\x1b[1m", "한국어"]),
+    ),
+    max_size=40,
+)
 
 
 @settings(max_examples=100, deadline=None)
-@given(TOKENS, st.integers(1, 60), st.integers(1, 12), st.integers(-1, 9), st.sampled_from(LOOKS), st.data())
+@given(
+    TOKENS,
+    st.integers(1, 60),
+    st.integers(1, 12),
+    st.integers(-1, 9),
+    st.sampled_from(LOOKS),
+    st.data(),
+)
 def test_any_text_fits_its_cells(tokens, width, height, t, look, data):
     when = data.draw(st.lists(st.integers(0, 8), min_size=len(tokens), max_size=len(tokens)))
-    sample = tui.Sample(tok=tokens, rev=when, tent=[10] * len(tokens), ent=[1.0] * 8, T=8, sel=[2, 3],
-                        x0=[tokens, tokens], adv=[1, 2])
+    sample = tui.Sample(
+        tok=tokens,
+        rev=when,
+        tent=[10] * len(tokens),
+        ent=[1.0] * 8,
+        T=8,
+        sel=[2, 3],
+        x0=[tokens, tokens],
+        adv=[1, 2],
+    )
     for live in (False, True):
         sample.live = live
         check(tui.prose(sample, t, width, height, look, guess=tokens), width, height)
@@ -295,7 +371,9 @@ def test_triangles_and_the_cursor_stand_under_their_steps(T, width):
     entropy = [0.1] * T
     for t in (0, 5, T - 1):
         entropy[t] = 3.0
-    rows = tui.plain(tui.strip(entropy, T, width, 6, tui.Look(), sel=[0, 5, T - 1], t=5)).splitlines()
+    rows = tui.plain(
+        tui.strip(entropy, T, width, 6, tui.Look(), sel=[0, 5, T - 1], t=5)
+    ).splitlines()
     tall = [x for x, c in enumerate(rows[0]) if c == "█"]  # the top row: only the high bars
     marks = [x for x, c in enumerate(rows[4]) if c == "▲"]
     assert len(marks) == 3 and all(x in tall for x in marks)
@@ -307,8 +385,12 @@ def test_charts_of_nothing_one_point_and_a_constant_say_so_and_nan_is_marked():
     look = tui.Look()
     assert "no data" in tui.plain(tui.chart([], 40, 8, look))
     for values in ([1.0], [2.0] * 9):
-        assert any("\u2801" <= c <= "\u28ff" for c in tui.plain(
-            tui.chart([tui.Curve("a", range(len(values)), values, look.sky)], 40, 8, look)))
+        assert any(
+            "\u2801" <= c <= "\u28ff"
+            for c in tui.plain(
+                tui.chart([tui.Curve("a", range(len(values)), values, look.sky)], 40, 8, look)
+            )
+        )
     values = [1.0, 2.0, math.nan, 3.0]
     assert "×" in tui.plain(tui.chart([tui.Curve("a", range(4), values, look.sky)], 60, 8, look))
     assert "×" in tui.plain([tui.spark(values, 10, look)])
@@ -364,7 +446,9 @@ def test_all_words_can_be_read_in_true_colour_and_in_sixteen(runs, palette, ligh
             fg = fg if fg.startswith("#") else view.look.fg
             high, low = sorted((luminance(fg), luminance(bg)), reverse=True)
             assert (high + 0.05) / (low + 0.05) > 2.5, (text, style)
-            assert Color.parse(fg).downgrade(ColorSystem.STANDARD) != Color.parse(bg).downgrade(ColorSystem.STANDARD)
+            assert Color.parse(fg).downgrade(ColorSystem.STANDARD) != Color.parse(bg).downgrade(
+                ColorSystem.STANDARD
+            )
 
 
 GOLDEN = {
@@ -405,15 +489,36 @@ def test_several_runs_are_overlaid_and_named(runs):
 
 def test_the_svg_is_well_formed_and_holds_the_words(runs):
     import xml.etree.ElementTree as ET
+
     rows = tui.frame(tui.View(), [load(runs / "sudoku")], 120, 40)
     root = ET.fromstring(tui.svg(rows, tui.Look()))
-    words = " ".join("".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text"))
+    words = " ".join(
+        "".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")
+    )
     assert "entropy per denoising step" in words and "<answer>" in words
-    assert not any("\u2800" <= c <= "\u28ff" or "▁" <= c <= "█" for c in words)  # shapes, not letters
+    assert not any(
+        "\u2800" <= c <= "\u28ff" or "▁" <= c <= "█" for c in words
+    )  # shapes, not letters
 
 
 def test_no_event_of_any_shape_stops_the_monitor(tmp_path):
-    junk = [None, "x", -1, 0, 3, 1e308, "nan", "inf", [], [1, "a", None], {}, {"a": 1}, True, "数", [[0, "a", 1.0]]]
+    junk = [
+        None,
+        "x",
+        -1,
+        0,
+        3,
+        1e308,
+        "nan",
+        "inf",
+        [],
+        [1, "a", None],
+        {},
+        {"a": 1},
+        True,
+        "数",
+        [[0, "a", 1.0]],
+    ]
     whole, path = list(fake_run.events(kind="sudoku", iters=2)), tmp_path / "events.jsonl"
     for seed in range(60):
         rng, events = random.Random(seed), []
@@ -421,7 +526,9 @@ def test_no_event_of_any_shape_stops_the_monitor(tmp_path):
             for name in rng.sample(sorted(event), 2) if rng.random() < 0.4 else ():
                 inner = event[name]
                 if isinstance(inner, (dict, list)) and inner and rng.random() < 0.6:
-                    inner[rng.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))] = rng.choice(junk)
+                    inner[
+                        rng.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+                    ] = rng.choice(junk)
                 elif name != "e":
                     event[name] = rng.choice(junk)
             events.append(json.dumps(event, separators=(",", ":")))
@@ -462,7 +569,9 @@ def test_at_the_first_step_all_is_hidden_and_end_reveals_everything(runs):
 
     def hidden(*keys: str) -> int:
         view = pressed([log], "3", *keys)
-        return tui.plain(tui.prose(sample, tui.step_of(view, sample), 100, 30, view.look)).count("░")
+        return tui.plain(tui.prose(sample, tui.step_of(view, sample), 100, 30, view.look)).count(
+            "░"
+        )
 
     counts = [hidden("home"), hidden("home", "shift+right"), hidden("end")]
     assert counts[0] > counts[1] > counts[2] == 0
@@ -478,10 +587,48 @@ def test_moving_by_hand_stops_following_and_g_takes_it_up_again(runs):
 
 
 def test_every_key_works_in_every_view_with_and_without_a_run(runs, tmp_path):
-    keys = ["left", "right", "H", "L", "home", "end", "n", "N", "space", "<", ">", "up", "down", "J", "K", "g", "G",
-            "f", "c", "x", "s", "y", "p", "a", "t", "?", "escape", "enter", "tab", "shift+tab", "/", "z", "backspace", "enter"]
-    for logs in ([load(runs / "sudoku")], [live(runs)], [load(runs / "sudoku"), load(runs / "gsm8k")],
-                 [tui.Log(tmp_path / "nothing")]):
+    keys = [
+        "left",
+        "right",
+        "H",
+        "L",
+        "home",
+        "end",
+        "n",
+        "N",
+        "space",
+        "<",
+        ">",
+        "up",
+        "down",
+        "J",
+        "K",
+        "g",
+        "G",
+        "f",
+        "c",
+        "x",
+        "s",
+        "y",
+        "p",
+        "a",
+        "t",
+        "?",
+        "escape",
+        "enter",
+        "tab",
+        "shift+tab",
+        "/",
+        "z",
+        "backspace",
+        "enter",
+    ]
+    for logs in (
+        [load(runs / "sudoku")],
+        [live(runs)],
+        [load(runs / "sudoku"), load(runs / "gsm8k")],
+        [tui.Log(tmp_path / "nothing")],
+    ):
         for number in range(1, 7):
             view = tui.View(number=number)
             for key in keys:
@@ -531,7 +678,9 @@ def whole(rows) -> str:
 
 def on_screen(app) -> str:
     """What Textual has composed, not what we meant."""
-    return "\n".join("".join(segment.text for segment in line) for line in app.screen._compositor.render_strips())
+    return "\n".join(
+        "".join(segment.text for segment in line) for line in app.screen._compositor.render_strips()
+    )
 
 
 @pytest.mark.parametrize("size", [(160, 45), (120, 40), (80, 24), (40, 12), (20, 5)])
@@ -569,16 +718,47 @@ def test_the_app_shows_what_is_appended_and_follows_a_resize(tmp_path):
 def test_keys_reach_the_app_and_wide_characters_survive(tmp_path):
     path = tmp_path / "events.jsonl"
     tok = ["数", "学", "は", "e\u0301", " x", "한국", "。", "x"] * 4
-    path.write_bytes(lines(META, step(0), dict(e="sample", it=0, s=0, prompt="日本語の問題 " * 9, tok=tok, T=4,
-                                               rev=[0, 1, 2, 3] * 8, ent=[1, 2, 3, 4], sel=[1, 2])))
+    path.write_bytes(
+        lines(
+            META,
+            step(0),
+            dict(
+                e="sample",
+                it=0,
+                s=0,
+                prompt="日本語の問題 " * 9,
+                tok=tok,
+                T=4,
+                rev=[0, 1, 2, 3] * 8,
+                ent=[1, 2, 3, 4],
+                sel=[1, 2],
+            ),
+        )
+    )
     log = load(path)
 
     async def script(app, pilot, view):
-        for key in ("question_mark", "escape", "slash", "k", "escape", "p", "a", "a", "a", "t", "3", "left", "tab", "3"):
+        for key in (
+            "question_mark",
+            "escape",
+            "slash",
+            "k",
+            "escape",
+            "p",
+            "a",
+            "a",
+            "a",
+            "t",
+            "3",
+            "left",
+            "tab",
+            "3",
+        ):
             await pilot.press(key)
             await pilot.pause()
             assert on_screen(app).replace("\u0301", "") == whole(
-                tui.frame(view, [log], 90, 20)).replace("\u0301", "")
+                tui.frame(view, [log], 90, 20)
+            ).replace("\u0301", "")
         assert view.look == tui.Look("cividis", light=True) and view.t == 2
         assert "数" in on_screen(app)
 
@@ -589,8 +769,14 @@ def test_keys_reach_the_app_and_wide_characters_survive(tmp_path):
 
 
 def run(*args, **env) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "tui.py"), *map(str, args)], capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, timeout=30, env=os.environ | {"PYTHONIOENCODING": "utf-8"} | env)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tui.py"), *map(str, args)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=30,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"} | env,
+    )
 
 
 def test_without_a_terminal_it_prints_one_plain_frame(runs):
@@ -599,7 +785,12 @@ def test_without_a_terminal_it_prints_one_plain_frame(runs):
     assert done.returncode == 0 and time.time() - began < 10
     assert "\x1b" not in done.stdout + done.stderr and len(done.stdout.splitlines()) == 30
     assert "entropy per denoising step" in done.stdout
-    assert run(runs / "sudoku", "--once", "--view", "trajectory", "--it", 3, "--sample", 1, "--step", 2).returncode == 0
+    assert (
+        run(
+            runs / "sudoku", "--once", "--view", "trajectory", "--it", 3, "--sample", 1, "--step", 2
+        ).returncode
+        == 0
+    )
 
 
 def test_it_prints_ascii_where_the_terminal_knows_nothing_else(runs):
@@ -618,24 +809,32 @@ def test_exit_codes_tell_a_missing_run_from_a_newer_log(runs, tmp_path):
 
 def test_scripts_get_json_a_list_lines_and_pictures(runs, tmp_path):
     state = json.loads(run(runs / "sudoku", "--json").stdout)
-    assert state["status"] == "finished" and state["done"] == 24 and state["evals"]["24"]["n"] == 256
+    assert (
+        state["status"] == "finished" and state["done"] == 24 and state["evals"]["24"]["n"] == 256
+    )
     listed = run(runs, "--list").stdout
     assert listed.count("finished") == 2 and str(runs / "live") in listed
     told = run(runs / "sudoku", "--plain").stdout.splitlines()
-    assert sum("reward/mean" in line for line in told) == 24 and told[-1] == "finished after 24 updates"
+    assert (
+        sum("reward/mean" in line for line in told) == 24
+        and told[-1] == "finished after 24 updates"
+    )
     assert run(runs / "sudoku", "--svg", tmp_path / "a.svg").returncode == 0
     assert (tmp_path / "a.svg").read_text().startswith("<svg")
 
 
 def test_a_frame_needs_neither_textual_nor_torch_nor_numpy(runs):
-    code = (f"import sys; sys.argv = ['tui.py', {str(runs / 'sudoku')!r}, '--once']; import tui; tui.main();"
-            "bad = {'torch', 'numpy', 'textual', 'asyncio'} & set(sys.modules); sys.exit(str(bad) if bad else 0)")
+    code = (
+        f"import sys; sys.argv = ['tui.py', {str(runs / 'sudoku')!r}, '--once']; import tui; tui.main();"
+        "bad = {'torch', 'numpy', 'textual', 'asyncio'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_dumb_terminal_gets_the_plain_frame(runs):
     import monitor
+
     session = monitor.Session(str(runs / "sudoku"), TERM="dumb")
     session.read(15)
     session.close()
@@ -644,6 +843,7 @@ def test_a_dumb_terminal_gets_the_plain_frame(runs):
 
 def test_sigterm_gives_the_terminal_back(runs):
     import monitor
+
     session = monitor.Session(str(runs / "sudoku"))
     session.read(15, until=b"24/24")
     assert b"\x1b[?1049h" in session.seen  # the alternate screen
@@ -654,7 +854,11 @@ def test_sigterm_gives_the_terminal_back(runs):
 
 @pytest.mark.slow
 def test_the_monitor_is_quick_and_quiet_in_a_real_terminal():
-    done = subprocess.run([sys.executable, str(ROOT / "bench" / "monitor.py"), "--json"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "monitor.py"), "--json"],
+        capture_output=True,
+        text=True,
+    )
     figures = json.loads(done.stdout)
     assert figures["first frame s"] < 2 and figures["first frame of the large log s"] < 3
     assert figures["idle cpu"] < 0.03 and figures["tailing KiB/s"] < 40
@@ -684,12 +888,27 @@ def test_a_real_log_is_read_whole_and_shown():
 @pytest.mark.slow
 def test_trainer_and_monitor_run_side_by_side(tmp_path):
     import monitor
+
     if not (ROOT / "tiny" / "model.safetensors").exists():
         pytest.skip("needs the embedded model")
     out = tmp_path / "both"
     trainer = subprocess.Popen(
-        [sys.executable, str(ROOT / "egspo.py"), "--steps", "2", "--B", "2", "--G", "2", "--no-compile",
-         "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        [
+            sys.executable,
+            str(ROOT / "egspo.py"),
+            "--steps",
+            "2",
+            "--B",
+            "2",
+            "--G",
+            "2",
+            "--no-compile",
+            "--out",
+            str(out),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         while not (out / "events.jsonl").exists() and trainer.poll() is None:
             time.sleep(0.1)
