@@ -1145,7 +1145,8 @@ def strip_panel(view: View, log: Log, sample: Sample | None, width: int, height:
         entropy, t = sample.ent, len(sample.ent) - 1
         known = [i for i in range(len(entropy)) if math.isfinite(entropy[i])]
         options = dict(sel=sorted(known, key=lambda i: -entropy[i])[:K], maybe=True, t=t)
-        title, right = f"{sample.it}, rolling out", f"{look('maybe')} top {K} so far"
+        title = f"{sample.it}, {'rolling' if len(entropy) < sample.T else 'rolled'} out"
+        right = f"{look('maybe')} top {K} so far"
     elif sample and (view.number == 3 or not view.follow):
         entropy, K = sample.ent, len(sample.sel)
         options = dict(sel=sample.sel, t=step_of(view, sample))
@@ -1982,7 +1983,11 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     if args.serve and "TEXTUAL_DRIVER" not in os.environ:  # else this is what the server started
-        from textual_serve.server import Server
+        try:
+            from textual_serve.server import Server
+        except ModuleNotFoundError:
+            print("--serve needs one more package: pip install textual-serve", file=sys.stderr)
+            return 2
         command = shlex.join([sys.executable, __file__, *sys.argv[1:]])
         Server(command, "127.0.0.1", args.serve, title="tui.py").serve()
         return 0
