@@ -418,7 +418,7 @@ class Log:
         place = self.run.groups.get(sample.it, {}).get(sample.p)
         for g, (text, reward) in enumerate(self.event(place, parse_group) or ()):
             known.setdefault(g, Sample(sample.it, sample.s - sample.g + g, sample.p, g, tok=[text],
-                                       rev=[0], tent=[0.0], reward=reward))
+                                       rev=[0], tent=[0.0], T=1, reward=reward))
         return [known[g] for g in sorted(known)]
 
     def brief(self, it: int, s: int) -> tuple[float, int, str]:
@@ -645,8 +645,7 @@ def nice(low: float, high: float, ticks: int) -> tuple[float, float, float]:
     """Round bounds around a range and the step between ticks; being round, they seldom move."""
     size = max(abs(low), abs(high))
     if high - low <= 1e-9 * max(size, 1e-9):  # a constant
-        room = 0.1 * size if size > 1e-9 else 0.5
-        low, high = low - room, high + room
+        low, high = (low - 0.1 * size, high + 0.1 * size) if size > 1e-9 else (0.0, 1.0)
     raw = (high - low) / max(1, ticks)
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
@@ -661,6 +660,9 @@ def slots(n: int, width: int) -> tuple[int, list[range]]:
     if n <= width:
         return min(max(1, width // max(1, n)), 9), [range(i, i + 1) for i in range(n)]
     return 1, [range(c * n // width, (c + 1) * n // width) for c in range(max(1, width))]
+
+
+BARS_LEFT = 7  # cells for the axis of `strip`
 
 
 def step_labels(columns: list[range], left: int, pitch: int, every: int,
@@ -681,7 +683,7 @@ def strip(entropy: Sequence[float], T: int, width: int, height: int, look: Look,
     sel: the selected steps of one sample; share: for a batch, the share that selected each step;
     maybe: the selection may still change; every: steps between labels.
     """
-    left = 6 if width > 30 else 0
+    left = BARS_LEFT if width > 30 else 0
     bars, high = max(1, height - 2), nice(0, max(finite(entropy), default=1), 4)[1]
     pitch, columns = slots(max(1, T), width - left)
     wide = pitch - (pitch > 2)  # a gap between bars that are wide enough
@@ -694,7 +696,7 @@ def strip(entropy: Sequence[float], T: int, width: int, height: int, look: Look,
         feet.append((look("bad"), look.orange) if math.inf in seen else (look("dot"), look.mask))
     rows: list[Row] = []
     for r in range(bars):
-        label = num(high) if r == 0 else "0" if r == bars - 1 else ""
+        label = num(high)[-5:] if r == 0 else "0" if r == bars - 1 else ""
         below = 8 * (bars - 1 - r)
         row = [(f"{label:>{left - 2}}  ", look.dim)] if left else []
         for size, colour, foot in zip(heights, colours, feet):
@@ -1002,8 +1004,9 @@ def credit(sample: Sample, k: int, look: Look) -> Row:
     row: Row = []
     for name, values in (("adv", sample.adv), ("guess", sample.srw), ("ratio", sample.ratio)):
         if 0 <= k < len(values):
-            sign = "+" if name == "adv" and values[k] > 0 else ""
-            row += [(f" {name} ", look.dim), (f"{sign + num(values[k]):<6}", f"bold {look.fg}")]
+            value = round(values[k], 4) if math.isfinite(values[k]) else values[k]
+            sign = "+" if name == "adv" and value > 0 else ""
+            row += [(f" {name} ", look.dim), (f"{sign + num(value):<7}", f"bold {look.fg}")]
     return row
 
 
@@ -1162,7 +1165,7 @@ def strip_panel(view: View, log: Log, sample: Sample | None, width: int, height:
     T = T or len(entropy)
 
     def draw(w: int, h: int) -> list[Row]:
-        room = w - 6 - slots(T, w - 6)[0] * T  # beside the bars: what they add up to
+        room = w - BARS_LEFT - slots(T, w - BARS_LEFT)[0] * T  # beside the bars: their sum
         side = 26 if room >= 26 else 0
         weights = options.get("share", [float(i in options.get("sel", ())) for i in range(T)])
         total, kept = sum(finite(entropy)), sum(finite(a * b for a, b in zip(entropy, weights)))
@@ -1383,20 +1386,21 @@ def samples_view(view: View, logs: Sequence[Log], width: int, height: int) -> li
 
     def table(w: int, h: int) -> list[Row]:
         at = keys.index(here) if here in keys else 0
-        rows = [[(f"  {'it':>5} {'prompt':>6} {'g':>3}    reward    adv  len", look.dim)]]
+        rows = [[(f"  {'it':>5} {'prompt':>6} {'g':>3}    reward     adv  len", look.dim)]]
         for key in keys[max(0, min(at - h // 2, len(keys) - h + 1)) :][: h - 1]:
             sample = log.sample(*key) or Sample(*key)
             sign = {True: look("yes"), False: look("no")}.get(sample.ok, "")
             adv = finite(sample.adv)
-            adv = num(statistics.fmean(adv)) if adv else "-"
-            parts = " ".join(f"{name} {num(value)}" for name, value in sample.rw.items())
+            adv = num(round(statistics.fmean(adv), 4)) if adv else "-"
+            parts = [f"{name} {num(v)}" for name, v in sample.rw.items() if name != "reward"]
+            words = "".join(clean(token, look) for token in sample.tok).split()
             style = f"bold {look.fg}" if key == here else look.dim
             rows.append([
                 (f"{look('here') if key == here else ' '} ", look.sky),
                 (f"{sample.it:>5} {sample.p:>6} {sample.g:>3} ", style),
                 (f"{sign:>1} {num(sample.reward):>7}", look.teal if sample.ok else look.orange),
-                (f" {adv:>6} {sample.len:>4}  {parts}  ", style),
-                (" ".join(clean("".join(sample.tok)).split()), style)])
+                (f" {adv:>7} {sample.len:>4}  {' '.join(parts)}  ", style),
+                (" ".join(words), style)])
         return rows if keys else [[("no sample", look.dim)]]
 
     rows = panel("samples", table, width, height - below, look, f"{len(keys)} by {view.sort}")

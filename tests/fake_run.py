@@ -208,6 +208,10 @@ def events(
                 eos=L - len(tok),
                 x0=guess,
             )
+        yield dict(
+            e="group", ts=now, it=it, p=0, text=["".join(words)] * G, len=[len(words)] * G,
+            rw=[1.0 if ok else 0.4 for ok in right[:G]],
+        )  # fmt: skip
         yield phase("update", it, 0.2)
         now += 0.2 * seconds
         reward = sum(right) / N

@@ -260,6 +260,14 @@ def test_a_trajectory_is_the_tokens_and_when_they_were_revealed(runs):
     assert log.sample(23, 99) is None
 
 
+def test_a_group_is_its_logged_trajectories_and_the_texts_of_the_others(runs):
+    log = load(runs / "sudoku")
+    sample = log.sample(23, 1)
+    group = log.group(sample)
+    assert [one.g for one in group] == list(range(8)) and group[1] is sample
+    assert len(group[5].tok) == 1 and group[5].tok[0].startswith("<answer>")
+
+
 def test_the_rollout_in_progress_is_followed(runs):
     log = load(runs / "live")
     sample = log.run.live()
