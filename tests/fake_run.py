@@ -28,10 +28,12 @@ QUESTION = {
 }
 ANSWER = {
     "sudoku": "<answer>1234341221434321</answer>",
-    "gsm8k": "<reasoning>\nOn Monday the bakery sold 48 loaves.\nOn Tuesday it sold half as many, "
-    "so it sold 48 / 2 = 24 loaves.\nOn Wednesday it sold twice that, so it sold 24 * 2 = 48 loaves.\n"
+    "gsm8k": "<reasoning>\nOn Monday the bakery sold 48 loaves.\n"
+    "On Tuesday it sold half as many, so it sold 48 / 2 = 24 loaves.\n"
+    "On Wednesday it sold twice that, so it sold 24 * 2 = 48 loaves.\n"
     "To get the total we add the three days together:\n    48 + 24 + 48 = 120\n"
-    "So the bakery sold 120 loaves over the three days.\n</reasoning>\n<answer>\n\\boxed{120}\n</answer>",
+    "So the bakery sold 120 loaves over the three days.\n</reasoning>\n"
+    "<answer>\n\\boxed{120}\n</answer>",
 }
 
 
