@@ -130,6 +130,7 @@ class Config:
     precision: Literal["auto", "bf16", "float32"] = "auto"  # auto: bf16 where the hardware has it
     compile: bool = True  # torch.compile the transformer's blocks
     checkpointing: bool = True  # recompute each block in backward: less memory, 1/3 more time
+    shard: bool = False  # shard weights, gradients and optimizer over the ranks (FSDP2)
 
     data_dir: str = ""  # look here for data sets before the hub
     train_set: str = ""  # humaneval and mbpp learn from kodcode (default) or mbpp
@@ -173,6 +174,11 @@ class Config:
         check(
             self.quantize == "none" or self.lora_r > 0, "quantize",
             "quantised weights are frozen: train adapters with --lora-r 128",
+        )  # fmt: skip
+        check(
+            not self.shard or self.optimizer == "adamw"
+            and not (self.lora_r or self.eval_only or self.dry_run or self.merge), "shard",
+            "needs --lora-r 0 and --optimizer adamw; not with --eval-only, --dry-run or --merge",
         )  # fmt: skip
 
 
@@ -289,7 +295,9 @@ def rollout(
         sure_NC, torch.zeros_like(sure_NC), cfg.T, forwards=0,
     )  # fmt: skip
     for first in range(0, cfg.C, J):
-        rows = unfinished((token_NC[:, :first] == end).any(1))
+        done_N = (token_NC[:, :first] == end).any(1)
+        # sharded, every rank calls the network equally often: what has ended is decoded in vain
+        rows = torch.arange(N, device=done_N.device) if cfg.shard else unfinished(done_N)
         prompt_nP, real_nL = prompt_NP[rows], with_completion(real_NP[rows], cfg.C)
         for t in range(first // R, (first + J) // R):
             if len(rows) == 0:
@@ -307,6 +315,8 @@ def rollout(
             roll.sure_NC[cells] = sure_nJ.gather(1, at_nR)
             roll.entropy_NC[cells] = entropy_nJ.gather(1, at_nR)
             roll.forwards += len(rows)
+            if cfg.shard:
+                forget(roll, done_N, slice(first, first + J), mask)
             if watch:
                 watch(t, roll)
     roll.token_NC = torch.where(roll.when_NC == cfg.T, end, token_NC)
@@ -323,6 +333,13 @@ def unfinished(done_N: Tensor) -> Tensor:
     quarter = -(-len(done_N) // 4)
     size = -(-len(live) // quarter) * quarter
     return live[torch.arange(min(size, len(done_N)), device=live.device) % max(1, len(live))]
+
+
+def forget(roll: Rollout, done_N: Tensor, block: slice, mask: int) -> None:
+    """Hide again what was decoded in rows that had ended, as if they had left the batch."""
+    fields = (roll.token_NC, mask), (roll.when_NC, roll.T), (roll.sure_NC, 0), (roll.entropy_NC, 0)
+    for x_NC, blank in fields:
+        x_NC[:, block].masked_fill_(done_N[:, None], blank)
 
 
 def with_completion(real_NP: Tensor, C: int) -> Tensor:
@@ -556,7 +573,7 @@ def update(policy: nn.Module, optimizer, moves: Moves, cfg: Config, ranks: Ranks
 
     Returns the ratio of each move [S] before the step. Raises Halt where a number is not finite.
     """
-    parameters = [p for p in policy.parameters() if p.requires_grad]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     count = ranks.sum(moves.live_S.sum().float())
     ratios = []
     for mb in minibatches(moves, cfg.micro):
@@ -566,8 +583,10 @@ def update(policy: nn.Module, optimizer, moves: Moves, cfg: Config, ranks: Ranks
         for name, (value, where) in stats.items():
             tally.add(name, value, where)
         ratios.append(stats["ratio/mean"][0])
-    ranks.sum_gradients(parameters)
+    if not cfg.shard:  # else backward has summed them
+        ranks.sum_gradients(parameters)
     norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+    norm = norm.full_tensor() if cfg.shard else norm
     demand_finite("gradient norm", norm, ranks)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -630,25 +649,27 @@ def evaluate(run: Run, problems: list[data.Problem], cfg: Config) -> dict[str, f
     """Decode every problem: accuracy with its Wilson 95 % interval, rewards, and what it cost.
 
     Greedy, or with `samples` that many draws a problem and pass@k. The ranks share the problems; a
-    last batch is filled up with repeats that do not count, so that the shapes are the rollout's.
+    last batch is filled up with repeats that do not count, so that the shapes are the rollout's and
+    every rank decodes as many batches.
     """
     policy, ranks, end, n = run.policy, run.ranks, run.policy.config.eos_id, max(1, cfg.samples)
     mine, tally = problems[ranks.rank :: ranks.world], Tally()
     size = max(1, cfg.B * cfg.G // n)
     began = time.monotonic()
-    for first in progress(range(0, len(mine), size), "evaluating", ranks):
+    longest = len(problems[:: ranks.world])
+    for first in progress(range(0, longest, size), "evaluating", ranks):
         chunk = mine[first : first + size]
-        asked = [chunk[i % len(chunk)] for i in range(size) for _ in range(n)]
+        filled = itertools.islice(itertools.cycle(chunk or problems), size)
+        asked = [problem for problem in filled for _ in range(n)]
         u_NT2J = None
         if cfg.samples:
             rows = range(first * n, first * n + len(asked))
             u_NT2J = uniform((cfg.T, 2, cfg.block), rows, cfg.seed, ranks.rank, "evaluate")
             u_NT2J = u_NT2J.to(ranks.device)
         roll = rollout(policy, *run.prompts(asked), cfg, u_NT2J)
-        token_NC = roll.token_NC[: len(chunk) * n]
-        rewards = data.TASKS[cfg.task].rewards(
-            texts(token_NC, run.tokenizer, end), asked[: len(chunk) * n]
-        )
+        real = slice(len(chunk) * n)
+        answers = texts(roll.token_NC, run.tokenizer, end)
+        rewards = data.TASKS[cfg.task].rewards(answers[real], asked[real])
         for reward in rewards:
             tally.add("accuracy", float(reward.correct))
             tally.add("reward", float(reward))
@@ -658,8 +679,8 @@ def evaluate(run: Run, problems: list[data.Problem], cfg: Config) -> dict[str, f
             wrong = sum(not reward.correct for reward in rewards[i : i + n])
             for k in (k for k in (1, 2, 5, 10, 20, 50, 100) if k <= n):
                 tally.add(f"pass@{k}", 1 - math.comb(wrong, k) / math.comb(n, k))
-        tally.add("tokens", lengths(token_NC, end))
-        tally.add("forwards", roll.forwards / len(asked))
+        tally.add("tokens", lengths(roll.token_NC[real], end))
+        tally.add("forwards", torch.full((len(chunk),), roll.forwards / len(asked)))
     m = tally.means(ranks)
     seconds = time.monotonic() - began
     lo, hi = wilson(m["accuracy"], len(problems))
@@ -962,6 +983,26 @@ def freeze(net: nn.Module, cfg: Config, device: torch.device) -> None:
                 linear.to(torch.bfloat16)
 
 
+def shard(net: nn.Module, cfg: Config, ranks: Ranks) -> None:
+    """Leave each rank its part of every weight; a block's are gathered while it is used (FSDP2).
+
+    Before `accelerate`, so that autocast and the compiled blocks see gathered weights. With bf16
+    the blocks' are gathered as bf16: autocast's own copies would stay, whole, on every rank.
+    Gradients are sums over the ranks: the loss is already divided by the count of all.
+    """
+    from torch.distributed import fsdp
+
+    mesh = dist.init_device_mesh(ranks.device.type, (ranks.world,))
+    for module in (*net.blocks, net):
+        narrow = torch.bfloat16 if module is not net and use_bf16(cfg, ranks.device) else None
+        precision = fsdp.MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
+        fsdp.fully_shard(module, mesh=mesh, mp_policy=precision)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+    for method in ("hidden", "head"):
+        fsdp.register_fsdp_forward_method(net, method)
+
+
 def can_compile() -> bool:
     """Triton brings its own compiler; on a CPU torch.compile needs the machine's."""
     names = (os.environ.get("CXX", "g++"), "clang++")
@@ -986,18 +1027,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, cfg: Config, step: int) 
 
 def save_checkpoint(run: Run, step: int) -> None:
     """checkpoints/step-N, complete on disk before it gets its name; then `latest` points at it."""
-    if run.ranks.rank > 0:
+    first = run.ranks.rank == 0
+    if not first and not run.cfg.shard:
         return
     from safetensors import SafetensorError
 
     folder = Path(run.cfg.out) / "checkpoints"
     temporary, final = folder / ".writing", folder / f"step-{step}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        model.save(run.policy, temporary)
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        weights = save_shards(run, temporary / "sharded") if run.cfg.shard else None
+        if not first:
+            return
+        model.save(run.policy, temporary, weights)
         run.tokenizer.save_pretrained(temporary)
-        torch.save({"step": step, "optimizer": run.optimizer.state_dict()}, temporary / "trainer.pt")
+        state = {} if run.cfg.shard else {"optimizer": run.optimizer.state_dict()}
+        torch.save({"step": step, **state}, temporary / "trainer.pt")
         for file in (*temporary.iterdir(), temporary):
             sync(file)
         shutil.rmtree(final, ignore_errors=True)
@@ -1008,6 +1055,35 @@ def save_checkpoint(run: Run, step: int) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise Halt(f"cannot write the checkpoint {final}: {error}")
     run.log.write("ckpt", it=step, path=str(final), durable=True)
+
+
+def save_shards(run: Run, folder: Path) -> dict[str, Tensor]:
+    """The optimizer's shards into `folder`; returns the whole weights, on the first rank alone.
+
+    OSError on all ranks if one of them could not write.
+    """
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    run.ranks.any(False)  # wait for the first rank to make room
+    run.policy.reshard()  # after a forward pass the root's weights are still gathered
+    try:
+        state = get_optimizer_state_dict(run.policy, run.optimizer)
+        checkpoint.save(state, checkpoint_id=folder)
+    except checkpoint.CheckpointException as error:  # of every rank; itself no Exception
+        raise OSError(next(iter(error.failures.values()))[0]) from None
+    whole = ((name, p.detach().full_tensor()) for name, p in run.policy.named_parameters())
+    return {name: weight.cpu() for name, weight in whole if run.ranks.rank == 0}
+
+
+def load_shards(policy: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """The optimizer's state, for whatever number of ranks."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict
+
+    state = state_dict.get_optimizer_state_dict(policy, optimizer)  # zeros, to be filled
+    checkpoint.load(state, checkpoint_id=folder)
+    state_dict.set_optimizer_state_dict(policy, optimizer, state)
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -1270,24 +1346,36 @@ def git_commit() -> str:
 def open_run(cfg: Config, ranks: Ranks, stop: StopSignal) -> tuple[Run, int]:
     """Load everything and say what was chosen. Returns the run and the step it starts from."""
     out, checkpoint, log = Path(cfg.out), None, None
+    if cfg.shard and ranks.world == 1:
+        raise ValueError("--shard: one rank has nothing to share; start with torchrun")
     if cfg.resume:
         log = EventLog(cfg, ranks)  # first of all: nobody else may be writing this run
         latest = out / "checkpoints" / "latest"
         checkpoint = latest.resolve() if latest.exists() else None
+        if checkpoint and (checkpoint / "sharded").exists() != cfg.shard:
+            raise ValueError(f"--{'no-' * cfg.shard}shard is how {checkpoint} was written: resume so")
     train_set, val_set = load_problems(cfg, "train"), load_problems(cfg, "val", cfg.eval_n)
     policy, tokenizer = load_policy(cfg, str(checkpoint or cfg.model), ranks)
     cfg.P = prompt_length(cfg, train_set + val_set, tokenizer)
+    if cfg.shard:  # before the reference is loaded: never two whole networks at a time
+        shard(policy, cfg, ranks)
     if cfg.lora_r > 0:
         reference = functools.partial(model.as_reference, policy)
     else:
-        frozen = load_policy(cfg, cfg.model, ranks)[0] if checkpoint else copy.deepcopy(policy)
+        again = checkpoint or cfg.shard
+        frozen = load_policy(cfg, cfg.model, ranks)[0] if again else copy.deepcopy(policy)
         freeze(frozen, cfg, ranks.device)
+        if cfg.shard:
+            shard(frozen, cfg, ranks)
         reference = functools.partial(contextlib.nullcontext, accelerate(frozen, cfg, ranks.device))
     optimizer, start = make_optimizer(policy, cfg), 0
     if checkpoint:
         state = torch.load(checkpoint / "trainer.pt", map_location=ranks.device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
+        if cfg.shard:
+            load_shards(policy, optimizer, checkpoint / "sharded")
+        else:
+            optimizer.load_state_dict(state["optimizer"])
     accelerate(policy, cfg, ranks.device)
     if ranks.rank == 0:
         describe_run(cfg, out)

@@ -482,10 +482,11 @@ def load(
     return net
 
 
-def save(net: Transformer, folder: str | Path) -> None:
+def save(net: Transformer, folder: str | Path, whole: dict[str, Tensor] | None = None) -> None:
     """Write config.json and model.safetensors; of a network with an adapter, the adapter alone.
 
     Not atomic: write into a temporary folder and rename it. ValueError if weights are quantised.
+    `whole`: the weights under their names in `net`, where it holds only a part of each.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -494,7 +495,7 @@ def save(net: Transformer, folder: str | Path) -> None:
         save_lora(net, folder)
         return
     weights = {}
-    for name, p in net.named_parameters():
+    for name, p in (whole or dict(net.named_parameters())).items():
         if not p.is_floating_point():
             raise ValueError(f"{folder}: {name} is quantised; only an adapter on it can be saved")
         weights[published(name, net.config.family)] = p.detach().contiguous()

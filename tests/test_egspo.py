@@ -1,5 +1,6 @@
 """What must stay true of act, choose, credit and learn. Oracles are loops written from the formulas."""
 
+import copy
 import dataclasses
 import math
 from pathlib import Path
@@ -380,6 +381,26 @@ def test_adamw8bit_keeps_real_8_bit_states_and_learns(folder):
     assert (weight - before).abs().max() > 0
     states = {state["state1"].dtype for state in optimizer.state.values() if "state1" in state}
     assert torch.uint8 in states
+
+
+def test_bf16_weights_would_not_move_at_a_small_learning_rate_and_ours_do(folder):
+    """An update of 1e-6 is below half a bf16 step of any weight of a common size."""
+    cfg = settings(lr=1e-6, precision="bf16")
+    ours = egspo.load_policy(cfg, str(folder), egspo.Ranks())[0]
+    plain = copy.deepcopy(ours).to(torch.bfloat16)
+    egspo.accelerate(ours, cfg, torch.device("cpu"))
+    moved = {}
+    for name, net in (("ours", ours), ("plain", plain)):
+        weight = net.blocks[0].q.weight
+        before, common = weight.detach().clone(), weight.detach().abs() > 1e-3
+        optimizer = egspo.make_optimizer(net, cfg)
+        for _ in range(20):
+            net.head(net.hidden(torch.arange(12).view(1, 12))).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved[name] = (weight != before)[common].float().mean()
+    assert weight.dtype == torch.bfloat16 and ours.blocks[0].q.weight.dtype == torch.float32
+    assert moved["plain"] == 0 and moved["ours"] > 0.99
 
 
 def test_the_learning_rate_is_a_function_of_the_step(folder, policy):
