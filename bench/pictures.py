@@ -65,12 +65,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         picture("overview", load(cut(path, args.share, folder)), tui.View(), (120, 40), args.out)
     log = load(path)
-    sample = next(
-        s
-        for it in reversed(sorted(log.run.samples))
-        for k in log.run.samples[it]
-        if (s := log.sample(it, k)) and s.sel
-    )
+    late = sorted(log.run.samples)[len(log.run.samples) // 2 :]
+    samples = [log.sample(it, s) for it in late for s in log.run.samples[it]]
+    # the one from which training had most to learn
+    sample = max((s for s in samples if s and s.sel), key=lambda s: sum(map(abs, s.adv)))
     short = sum(tui.token_widths(sample, tui.Look())) < 100
     rows = min(40, sample.T + 16) if short else 36
     step = sorted(sample.sel)[len(sample.sel) // 2]
