@@ -494,10 +494,19 @@ def countdown_solutions(numbers: Iterable[int], target: int) -> list[str]:
     return [text for text, value in expressions(tuple(sorted(numbers))).items() if value == target]
 
 
+def countdown_solution(numbers: tuple[int, ...], target: int) -> str | None:
+    """The shortest expression that makes the target from the numbers in this order; None if none."""
+    found = (
+        text for text in countdown_solutions(numbers, target)
+        if tuple(map(int, re.findall(r"\d+", text))) == numbers
+    )  # fmt: skip
+    return min(found, key=lambda text: (len(text), text), default=None)
+
+
 def countdown_rows(split: str, data_dir: str | None) -> list[dict]:
-    """Three numbers of 1 to 9 and a target of 1 to 50 that they make. Splits share no (numbers,
-    target), whatever the order of the numbers; training shows every order. A countdown_test.jsonl
-    in data_dir is the test split instead."""
+    """Three numbers of 1 to 9, in the order in which some expression makes the target of 1 to 50:
+    a search that a small model can learn. Splits share no (numbers, target), whatever the order of
+    the numbers. A countdown_test.jsonl in data_dir is the test split instead."""
     if split == "test" and (rows := stored("countdown_test", data_dir)):
         return rows
     rng, pairs = random.Random("countdown"), []
@@ -505,14 +514,15 @@ def countdown_rows(split: str, data_dir: str | None) -> list[dict]:
         values = set(expressions(numbers).values())
         pairs += [(numbers, target) for target in range(1, 51) if target in values]
     rng.shuffle(pairs)
-    if split == "train":
-        pairs = pairs[2 * HELD_OUT :]
-        pairs = [(order, t) for n, t in pairs for order in sorted({*itertools.permutations(n)})]
-        rng.shuffle(pairs)
-    else:
-        pairs = pairs[:HELD_OUT] if split == "val" else pairs[HELD_OUT : 2 * HELD_OUT]
-        pairs = [(rng.sample(n, 3), t) for n, t in pairs]
-    return [{"numbers": list(numbers), "target": target} for numbers, target in pairs]
+    held = {"train": slice(2 * HELD_OUT, None), "val": slice(HELD_OUT)}
+    rows = []
+    for numbers, target in pairs[held.get(split, slice(HELD_OUT, 2 * HELD_OUT))]:
+        orders = sorted({*itertools.permutations(numbers)})
+        orders = [order for order in orders if countdown_solution(order, target)]
+        kept = orders if split == "train" else [rng.choice(orders)]
+        rows += [{"numbers": list(order), "target": target} for order in kept]
+    rng.shuffle(rows)
+    return rows
 
 
 def countdown_build(row: dict) -> tuple[str, dict]:
@@ -524,9 +534,9 @@ def countdown_build(row: dict) -> tuple[str, dict]:
         numbers, target = row["numbers"], row["target"]
     if not 2 <= len(numbers) <= 6 or not all(type(n) is int for n in [*numbers, target]):
         raise ValueError(f"numbers are {numbers!r:.60} and target is {target!r:.60}")
-    solutions = countdown_solutions(numbers, target) if len(numbers) < 5 else []
+    solution = countdown_solution(tuple(numbers), target) if len(numbers) < 5 else None
     prompt = f"{COUNTDOWN}\nNumbers: {' '.join(map(str, numbers))}\nTarget: {target}"
-    return prompt, {"numbers": numbers, "target": target, "solution": next(iter(solutions), None)}
+    return prompt, {"numbers": numbers, "target": target, "solution": solution}
 
 
 def countdown_judge(completion: str, answer: dict) -> Reward:
