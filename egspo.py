@@ -135,6 +135,7 @@ class Config:
     data_dir: str = ""  # look here for data sets before the hub
     train_set: str = ""  # humaneval and mbpp learn from kodcode (default) or mbpp
     data: str = ""  # learn your own rows: a .jsonl file
+    unsafe_code: bool = False  # run code rewards even without seccomp and Landlock
     log_live: float = 4.0  # live denoising events a second; 0 turns them off
 
     def __post_init__(self):
@@ -1667,6 +1668,7 @@ def main() -> int:
     ranks = run = None
     try:
         cfg = parse(sys.argv[1:])
+        data.SANDBOX_OPTIONS["unsafe"] = cfg.unsafe_code
         if cfg.dry_run:
             return dry_run(cfg)
         ranks = Ranks()

@@ -5,6 +5,7 @@
     python bench/throughput.py vocabulary   a rollout at V = 126,464 against V = 1,000
     python bench/throughput.py ranks        two processes of one thread against one process of one
     python bench/throughput.py log          the event log's share of an iteration
+    python bench/throughput.py memory       the peak that --dry-run expects against the measured one
 
 `--size tiny|25m|8b` chooses a random model of that shape; 8b wants a GPU with 80 GB. Results are
 printed, and appended to bench/throughput.jsonl with --write.
@@ -13,9 +14,11 @@ printed, and appended to bench/throughput.jsonl with --write.
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -48,7 +51,7 @@ def config(size: str, **changes) -> egspo.Config:
 def network(size: str, vocabulary: int, cfg: egspo.Config):
     ids = dict(eos_token_id=0, pad_token_id=0, mask_token_id=1)
     raw = dict(model_type="llada", vocab_size=vocabulary, rope_theta=500000.0, **ids)
-    dtype = torch.bfloat16 if size == "8b" or vocabulary > 10_000 else torch.float32
+    dtype = torch.bfloat16 if size == "8b" else torch.float32
     torch.manual_seed(0)
     net = model.from_config(raw | SHAPES[size], DEVICE, dtype)
     if cfg.lora_r:
@@ -175,13 +178,6 @@ def matmul_rate() -> float:
     return 2 * n**3 / seconds(lambda: a @ a, repeats=10)
 
 
-def forward_flops(net, L: int, positions: int) -> float:
-    """Of one row: every weight of a block times each token, attention, the head where it is needed."""
-    c = net.config
-    weights = sum(p.numel() for p in net.blocks.parameters())
-    return 2 * weights * L + 4 * c.n_layers * c.d_model * L * L + 2 * c.d_model * c.vocab_size * positions
-
-
 def floor(size: str) -> dict:
     cfg, V = config(size), 340 if size == "tiny" else 1000 if size == "25m" else 126_464
     net = egspo.accelerate(network(size, V, cfg), cfg, DEVICE)
@@ -196,9 +192,9 @@ def floor(size: str) -> dict:
     rollout_s = seconds(lambda: act(net, size, cfg))
     update_s = seconds(lambda: egspo.update(net, optimizer, moves, cfg, egspo.Ranks(), egspo.Tally()))
     rate = max(rate, matmul_rate())
-    rollout_floor = N * cfg.T * forward_flops(net, L, cfg.block) / rate
+    rollout_floor = N * cfg.T * egspo.forward_flops(net, L, cfg.block) / rate
     backward = 2 if cfg.lora_r else 3  # frozen weights have no gradient of their own
-    update_floor = S * backward * forward_flops(net, L, cfg.C // cfg.T) / rate
+    update_floor = S * backward * egspo.forward_flops(net, L, cfg.C // cfg.T) / rate
     return dict(
         matmul_tflops=rate / 1e12, rollout_of_floor=rollout_floor / rollout_s,
         update_of_floor=update_floor / update_s, rollout_s=rollout_s, update_s=update_s,
@@ -211,6 +207,29 @@ def vocabulary(size: str) -> dict:
         net = egspo.accelerate(network(size, V, cfg), cfg, DEVICE)
         times[V] = seconds(lambda: act(net, size, cfg), repeats=2)
     return dict(small_s=times[1000], large_s=times[126_464], times_slower=times[126_464] / times[1000])
+
+
+def memory(size: str) -> dict:
+    """One whole iteration in this process: what it takes beyond the imports, in GB."""
+    cfg = config(size, compile=False, P=SETTINGS[size][0])
+    before = peak_bytes()
+    net = egspo.accelerate(network(size, 126_464, cfg), cfg, DEVICE)
+    reference = network(size, 126_464, cfg)
+    egspo.freeze(reference, cfg, DEVICE)
+    ours(net, egspo.make_optimizer(net, cfg), size, cfg)
+    measured = peak_bytes() - before
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(net.config.raw))
+        cfg.model = folder
+        parts, _ = egspo.plan(cfg, egspo.use_bf16(cfg, DEVICE))
+    expected = sum(value for name, value in parts.items() if name not in ("parameters", "trained"))
+    return dict(expected_gb=expected / 1e9, measured_gb=measured / 1e9, ratio=expected / measured)
+
+
+def peak_bytes() -> int:
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # ---- whole runs ----------------------------------------------------------------------------------
@@ -257,7 +276,9 @@ def log(size: str) -> dict:
 
 
 def main() -> None:
-    parts = dict(iteration=iteration, floor=floor, vocabulary=vocabulary, ranks=ranks, log=log)
+    parts = dict(
+        iteration=iteration, floor=floor, vocabulary=vocabulary, ranks=ranks, log=log, memory=memory
+    )  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=parts)
     parser.add_argument("--size", choices=SHAPES, default="25m")
