@@ -1,11 +1,11 @@
-"""Reinforcement learning of masked diffusion language models: EGSPO and EGSPO-SA (arXiv 2603.12554).
+"""Reinforcement learning of masked diffusion language models: EGSPO, EGSPO-SA (arXiv 2603.12554).
 
 The decision process. A completion of C tokens starts as C masks. At each of T denoising steps the
 policy draws a token for every hidden position of the current block and reveals R = C / T of them;
-blocks are decoded from left to right; a revealed token is never masked again. So (token, when) is the
-whole trajectory: the state before step t is "tokens with when < t, masks elsewhere" and the move at t
-is "positions with when == t". Time here is generation order: t = 0 sees only masks (the diffusion
-literature counts the other way). The reward comes at the end.
+blocks are decoded from left to right; a revealed token is never masked again. So (token, when) is
+the whole trajectory: the state before step t is "tokens with when < t, masks elsewhere", the move
+at t is "positions with when == t". Time here is generation order: t = 0 sees only masks (the
+diffusion literature counts the other way). The reward comes at the end.
 
 The gradient. grad J = sum_t E[A_t grad log pi(a_t | s_t)], A_t = r - V(s_t): exact for any baseline
 V that looks only at the state, and no likelihood of a sequence is needed.
@@ -16,29 +16,29 @@ V that looks only at the state, and no likelihood of a sequence is needed.
   learn    clipped_loss         -min(ratio A, clip(ratio) A) + beta k3, summed over moves, over R
   tell     EventLog             events.jsonl, which `python tui.py` shows
 
-r_hat_t is the reward of the greedy one-step completion of s_t. lam = 0 is EGSPO, lam > 0 EGSPO-SA.
+r_hat_t is the reward of the greedy one-step completion of s_t. lam = 0 is EGSPO, above it EGSPO-SA.
 
 Where this file departs from the paper or from its released code, and why:
 
- 1. A move is scored at the sampling temperature, and everything after the logits is at least float32.
+ 1. A move is scored at the sampling temperature; all that follows the logits is float32 or more.
  2. `--likelihood exact` is the probability of the whole move, the choice of positions included;
     the product of token probabilities (`tokens`, the paper's) is exact only for random order.
- 3. The greedy completion is read off the same forward pass that gives the old log-probability of a
+ 3. The greedy completion is read off the forward pass that gives the old log-probability of a
     selected move: K wide heads a trajectory rather than T, and no forward pass of its own.
  4. The final and the one-step reward are the same function: no format bonus leaks into r - r_hat.
  5. The advantage is not divided by the group's standard deviation. A slot's baseline (the group's
-    mean at its k-th selected step) mixes different times: less variance, still no bias from reward.
+    mean at its k-th selected step) mixes different times, and r_hat_t stays in the return.
  6. The old log-probability comes from the same function, shapes and mode as the new one: the first
     ratio is 1. There is no dropout anywhere.
  7. Padding is never attended to and positions count from the first real token, everywhere.
- 8. A row that holds the end token in a finished block is done: nothing after it is decoded, selected
-    or scored, in training and evaluation alike.
+ 8. A row that holds the end token in a finished block is done: nothing after it is decoded,
+    selected or scored, in training and evaluation alike.
  9. Randomness is a function of (seed, step, row): it depends on neither ranks nor batches, and a
     resumed run continues exactly.
 
-Names end in their dimensions: B prompts of this rank, G samples a prompt, N = B*G rows (prompt-major),
-T denoising steps, K selected ones, S = N*K moves, R tokens a step, J positions of a block,
-P prompt, C completion, L = P + C, V vocabulary, D width.
+Names end in their dimensions: B prompts of this rank, G samples a prompt, N = B*G rows
+(prompt-major), T denoising steps, K selected ones, S = N*K moves, R tokens a step, J positions of a
+block, P prompt, C completion, L = P + C, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -46,21 +46,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import fcntl
 import functools
 import hashlib
-import importlib.metadata
 import io
 import itertools
 import json
 import math
-import os
-import platform
-import shutil
-import signal
-import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -73,6 +65,11 @@ from torch import Tensor, nn
 
 import data
 import model
+from plumbing import (
+    EventLog, Halt, Ranks, StopSignal, Tally, accelerate, can_compile, compact, demand_finite,
+    describe_run, dry_run, freeze, last_checkpoint, load_shards, make_optimizer, note_evaluation,
+    progress, save_checkpoint, say, set_learning_rate, shard, use_bf16,
+)  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
 
@@ -151,7 +148,7 @@ class Config:
             if get_origin(hint) is Literal:
                 choices = " ".join(get_args(hint))
                 check(getattr(self, name) in get_args(hint), name, f"choose one of {choices}")
-        for flag in ("steps", "eval_every", "save_every", "K", "B", "C", "T", "block", "micro", "mu", "keep"):
+        for flag in "steps eval_every save_every K B C T block micro mu keep".split():
             check(getattr(self, flag) >= 1, flag, "must be at least 1")
         for flag in ("lr", "temperature", "max_grad_norm", "lora_alpha"):
             check(0 < getattr(self, flag) < math.inf, flag, "must be above 0 and finite")
@@ -178,8 +175,8 @@ class Config:
         )  # fmt: skip
         check(
             not self.shard or self.optimizer == "adamw"
-            and not (self.lora_r or self.eval_only or self.dry_run or self.merge), "shard",
-            "needs --lora-r 0 and --optimizer adamw; not with --eval-only, --dry-run or --merge",
+            and not (self.lora_r or self.eval_only or self.merge), "shard",
+            "needs --lora-r 0 and --optimizer adamw; not with --eval-only or --merge",
         )  # fmt: skip
 
 
@@ -195,7 +192,7 @@ SMALL = dict(
 
 @dataclass
 class Rollout:
-    """N trajectories. `when` is the step that revealed a token, T where the row had ended before."""
+    """N trajectories. `when` is the step that revealed a token, T where the row had ended."""
 
     prompt_NP: Tensor
     real_NP: Tensor  # False at padding
@@ -212,6 +209,10 @@ class Rollout:
         total_NT = value_NC.new_zeros(size).scatter_add(1, self.when_NC, value_NC)
         count_NT = value_NC.new_zeros(size).scatter_add(1, self.when_NC, torch.ones_like(value_NC))
         return torch.where(count_NT > 0, total_NT / count_NT, -math.inf)[:, : self.T]
+
+    def lengths(self, end: int) -> Tensor:
+        """Tokens before the first end token [N]."""
+        return ((self.token_NC == end).cumsum(1) == 0).sum(1)
 
     @property
     def entropy_NT(self) -> Tensor:
@@ -233,7 +234,7 @@ def uniform(shape: tuple[int, ...], rows: range, *key) -> Tensor:
 
 
 def log_policy(policy: nn.Module, h: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature) of hidden states [..., D], without the ids never emitted."""
+    """log softmax(logits / temperature) of hidden states [..., D], ids never emitted left out."""
     logits = policy.head(h).masked_fill(policy.never_V, -math.inf)
     return torch.log_softmax(logits / temperature, dim=-1)
 
@@ -254,7 +255,7 @@ def draw(policy: nn.Module, h_NJD: Tensor, u_NJ: Tensor | None, temperature: flo
             cdf_NJV = prob_NJV.double().cumsum(-1)
             spot_NJ1 = u_NJ[rows, :, None] * cdf_NJV[..., -1:]
             token_NJ = torch.searchsorted(cdf_NJV, spot_NJ1, right=True).squeeze(-1)
-            token_NJ = token_NJ.clamp(max=cdf_NJV.shape[-1] - 1)  # logits that are nan find no place
+            token_NJ = token_NJ.clamp(max=cdf_NJV.shape[-1] - 1)  # nan finds no place
         sure_NJ = logp_NJV.gather(-1, token_NJ[..., None]).squeeze(-1)
         parts.append((token_NJ, sure_NJ, torch.special.entr(prob_NJV).sum(-1)))
     return [torch.cat(part) for part in zip(*parts)]
@@ -356,7 +357,7 @@ def select_steps(entropy_NT: Tensor, K: int, how: str, u_NT: Tensor | None = Non
 
     The gradient lost by leaving a step out is bounded by its entropy (section 4), so `entropy`
     keeps the K largest. `uniform` takes the middle of K equal parts, `random` any (`u_NT`), `all`
-    every step. Steps after a row's end (entropy -inf) come last and only where nothing else is left.
+    every step. Steps after a row's end (entropy -inf) come last, and only where nothing else is.
     """
     live_NT = entropy_NT > -math.inf
     if how == "all":
@@ -423,8 +424,8 @@ def stepwise_advantages(
 ) -> Tensor:
     """Advantage of each selected move [N, K] (section 5).
 
-    Return G_t = (r + lam (r - r_hat_t)) / (1 + lam), minus the mean of the group's live moves in the
-    same slot; 0 where the row had ended. No division by the standard deviation.
+    Return G_t = (r + lam (r - r_hat_t)) / (1 + lam), minus the mean of the group's live moves
+    in the same slot; 0 where the row had ended. No division by the standard deviation.
     """
     reward_N1 = reward_N[:, None]
     return_NK = (reward_N1 + lam * (reward_N1 - early_NK)) / (1 + lam)
@@ -449,7 +450,7 @@ def greedy_guess(policy: nn.Module, h_SCD: Tensor, state_SC: Tensor) -> Tensor:
 
 
 def move_logp(policy: nn.Module, h_SCD: Tensor, mb: Moves, cfg: Config) -> Tensor:
-    """log pi(a_t | s_t) [S], or of each token [S, C] for diffu_grpo, at the sampling temperature."""
+    """log pi(a_t | s_t) [S], of each token [S, C] for diffu_grpo, at the sampling temperature."""
     if cfg.method == "egspo" and cfg.likelihood == "exact" and cfg.order == "low_confidence":
         first_S1 = mb.at_SR[:, :1] // cfg.block * cfg.block
         at_SJ = first_S1 + torch.arange(cfg.block, device=first_S1.device)
@@ -633,14 +634,7 @@ def permutation(n: int, seed: int, epoch: int) -> list[int]:
 def texts(token_NC: Tensor, tokenizer, end: int) -> list[str]:
     """Each completion as text, cut at its first end token."""
     cut = [row[: row.index(end)] if end in row else row for row in token_NC.tolist()]
-    return tokenizer.batch_decode(
-        cut, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-
-
-def lengths(token_NC: Tensor, end: int) -> Tensor:
-    """Tokens before the first end token [N]."""
-    return ((token_NC == end).cumsum(1) == 0).sum(1)
+    return tokenizer.batch_decode(cut, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 # ---- evaluate ------------------------------------------------------------------------------------
@@ -680,7 +674,7 @@ def evaluate(run: Run, problems: list[data.Problem], cfg: Config) -> dict[str, f
             wrong = sum(not reward.correct for reward in rewards[i : i + n])
             for k in (k for k in (1, 2, 5, 10, 20, 50, 100) if k <= n):
                 tally.add(f"pass@{k}", 1 - math.comb(wrong, k) / math.comb(n, k))
-        tally.add("tokens", lengths(roll.token_NC[real], end))
+        tally.add("tokens", roll.lengths(end)[real])
         tally.add("forwards", torch.full((len(chunk),), roll.forwards / len(asked)))
     m = tally.means(ranks)
     seconds = time.monotonic() - began
@@ -692,7 +686,7 @@ def evaluate(run: Run, problems: list[data.Problem], cfg: Config) -> dict[str, f
 def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """The 95 % score interval of a share `p` of `n` (Wilson 1927)."""
     centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    return max(0.0, centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
 
 
 # ---- train ---------------------------------------------------------------------------------------
@@ -734,7 +728,8 @@ def train(run: Run, start: int) -> None:
 
         with log.phase(step, "rollout"):  # act
             u_NT2J = uniform((cfg.T, 2, cfg.block), rows, cfg.seed, step, "draw").to(ranks.device)
-            roll = rollout(policy, *run.prompts(problems), cfg, u_NT2J, log.watcher(step, run))
+            watch = log.watcher(step, run, problems[0].prompt)
+            roll = rollout(policy, *run.prompts(problems), cfg, u_NT2J, watch)
             demand_finite("entropy of the rollout's logits", roll.entropy_NC.sum(), ranks)
             answers = texts(roll.token_NC, run.tokenizer, end)
             judged = run.background.submit(data.TASKS[cfg.task].rewards, answers, problems)
@@ -768,7 +763,7 @@ def between_steps(run: Run, step: int, start: int) -> None:
         with run.log.phase(step, "save"):
             save_checkpoint(run, step)
     if stopping:
-        raise Halt(f"stopped by a signal", code=128 + (run.stop.signal or signal.SIGTERM))
+        raise Halt("stopped by a signal", code=128 + (run.stop.signal or 15))
     if step % cfg.eval_every == 0 or last:
         with run.log.phase(step, "eval"):
             m = evaluate(run, run.val_set, cfg)
@@ -819,529 +814,13 @@ def measure(
     group_BG = value_N.unflatten(0, (-1, cfg.G))
     tally.add("zero_adv_frac", (group_BG == group_BG[:, :1]).all(1).float())
     tally.peak("ratio/max", torch.where(moves.live_S, ratio_S, 0))
-    length_N = lengths(roll.token_NC, end)
+    length_N = roll.lengths(end)
     tally.add("len/mean", length_N)
     tally.peak("len/max", length_N)
     tally.add("trunc_frac", (length_N == cfg.C).float())
 
 
-# ---- plumbing: ranks, statistics, stopping -------------------------------------------------------
-
-
-class Halt(Exception):
-    """The run ends here: one line for the user, and the exit code."""
-
-    def __init__(self, message: str, code: int = 1):
-        super().__init__(message)
-        self.code = code
-
-
-def demand_finite(name: str, x: Tensor, ranks: Ranks) -> None:
-    """Stop all ranks, before anything is changed, if this number is nan or inf on any of them."""
-    if ranks.any(not torch.isfinite(x)):
-        raise Halt(f"{name} is {x.item()}")
-
-
-class Ranks:
-    """This process among `world` (torchrun's environment), and the sums across them."""
-
-    def __init__(self):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cpu")
-        if cuda:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
-        if self.world > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
-
-    def rows(self, N: int) -> range:
-        """The numbers of this rank's N rows in the rollout of all ranks."""
-        return range(self.rank * N, (self.rank + 1) * N)
-
-    def sum(self, x: Tensor) -> Tensor:
-        if self.world > 1:
-            dist.all_reduce(x)
-        return x
-
-    def any(self, flag: bool) -> bool:
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
-
-    def gather(self, x) -> list:
-        if self.world == 1:
-            return [x]
-        parts = [None] * self.world
-        dist.all_gather_object(parts, x)
-        return parts
-
-    def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """One flattened all-reduce. A gradient is already divided by the count of all ranks."""
-        if self.world == 1:
-            return
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = self.sum(torch.cat([grad.flatten() for grad in grads]))
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
-            grad.copy_(part.view_as(grad))
-
-    def close(self) -> None:
-        if self.world > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-
-
-class Tally:
-    """Means over everything a metric names: all rows, micro-batches, updates and ranks.
-
-    Sums stay tensors on the device until the one read in `means`.
-    """
-
-    def __init__(self):
-        self.sums: dict[str, Tensor] = {}
-        self.peaks: dict[str, Tensor] = {}
-
-    def add(self, name: str, value: Tensor | float, where: Tensor | None = None) -> None:
-        value = torch.as_tensor(value).double()
-        where = torch.ones_like(value, dtype=torch.bool) if where is None else where
-        pair = torch.stack((torch.where(where, value, 0).sum(), where.sum().double()))
-        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
-
-    def peak(self, name: str, value: Tensor) -> None:
-        self.peaks[name] = value.max()
-
-    def means(self, ranks: Ranks) -> dict[str, float]:
-        mine = {name: pair.tolist() for name, pair in self.sums.items()}
-        peaks = {name: value.item() for name, value in self.peaks.items()}
-        means = {}
-        parts = ranks.gather((mine, peaks))
-        for name in dict.fromkeys(name for sums, _ in parts for name in sums):
-            pairs = [sums[name] for sums, _ in parts if name in sums]
-            means[name] = sum(total for total, _ in pairs) / max(1, sum(n for _, n in pairs))
-        for name in peaks:
-            means[name] = max(part[name] for _, part in parts)
-        return means
-
-
-class StopSignal:
-    """Ctrl-C and SIGTERM are noted, and acted on between two steps; a second one ends at once."""
-
-    def __init__(self):
-        self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
-
-    def note(self, number: int, frame) -> None:
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = number
-        say("stopping after this step; once more to stop at once, without a checkpoint")
-
-
-def say(line: str, file=None) -> None:
-    """To the terminal, from the first rank only."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(line, file=file, flush=True)
-
-
-def progress(iterable, what: str, ranks: Ranks):
-    """A bar for what takes longer than two seconds, on a terminal."""
-    from tqdm import tqdm
-
-    quiet = ranks.rank > 0 or not sys.stderr.isatty()
-    return tqdm(iterable, what, disable=quiet, delay=2, leave=False)
-
-
-# ---- plumbing: weights, optimizer, checkpoints ---------------------------------------------------
-
-
-def use_bf16(cfg: Config, device: torch.device) -> bool:
-    if cfg.precision != "auto":
-        return cfg.precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    features = torch.cpu.get_capabilities()
-    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-
-
-def accelerate(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
-    """The one place where speed is bought: bf16 autocast, and torch.compile of each block.
-
-    The blocks are alike, so they share one compiled graph for each shape; the head and everything
-    after it stay in float32. Parameter names do not change.
-    """
-    if use_bf16(cfg, device):
-        net.hidden = torch.autocast(device.type, torch.bfloat16)(net.hidden)
-    if cfg.compile:
-        for block in net.blocks:
-            block.compile(dynamic=False)
-    return net
-
-
-def freeze(net: nn.Module, cfg: Config, device: torch.device) -> None:
-    """Make a reference: its linear maps are stored as autocast reads them, in half the memory."""
-    net.requires_grad_(False)
-    if use_bf16(cfg, device):
-        for block in net.blocks:
-            for _, linear in model.linears(block):
-                linear.to(torch.bfloat16)
-
-
-def shard(net: nn.Module, cfg: Config, ranks: Ranks) -> None:
-    """Leave each rank its part of every weight; a block's are gathered while it is used (FSDP2).
-
-    Before `accelerate`, so that autocast and the compiled blocks see gathered weights. With bf16
-    the blocks' are gathered as bf16: autocast's own copies would stay, whole, on every rank.
-    Gradients are sums over the ranks: the loss is already divided by the count of all.
-    """
-    from torch.distributed import fsdp
-
-    mesh = dist.init_device_mesh(ranks.device.type, (ranks.world,))
-    for module in (*net.blocks, net):
-        narrow = torch.bfloat16 if module is not net and use_bf16(cfg, ranks.device) else None
-        precision = fsdp.MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
-        fsdp.fully_shard(module, mesh=mesh, mp_policy=precision)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
-    for method in ("hidden", "head"):
-        fsdp.register_fsdp_forward_method(net, method)
-
-
-def can_compile() -> bool:
-    """Triton brings its own compiler; on a CPU torch.compile needs the machine's."""
-    names = (os.environ.get("CXX", "g++"), "clang++")
-    return torch.cuda.is_available() or any(shutil.which(name) for name in names)
-
-
-def make_optimizer(net: nn.Module, cfg: Config) -> torch.optim.Optimizer:
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    settings = dict(lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
-    if cfg.optimizer == "adamw8bit":
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
-    return torch.optim.AdamW(parameters, fused=True, **settings)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, cfg: Config, step: int) -> None:
-    """Linear warm-up, then constant: a function of the step alone."""
-    for group in optimizer.param_groups:
-        group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
-
-
-def save_checkpoint(run: Run, step: int) -> None:
-    """checkpoints/step-N, complete on disk before it gets its name; then `latest` points at it."""
-    first = run.ranks.rank == 0
-    if not first and not run.cfg.shard:
-        return
-    from safetensors import SafetensorError
-
-    folder = Path(run.cfg.out) / "checkpoints"
-    temporary, final = folder / ".writing", folder / f"step-{step}"
-    try:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        weights = save_shards(run, temporary / "sharded") if run.cfg.shard else None
-        if not first:
-            return
-        model.save(run.policy, temporary, weights)
-        run.tokenizer.save_pretrained(temporary)
-        state = {} if run.cfg.shard else {"optimizer": run.optimizer.state_dict()}
-        torch.save({"step": step, **state}, temporary / "trainer.pt")
-        for file in (*temporary.iterdir(), temporary):
-            sync(file)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        link(folder / "latest", final.name)
-        prune(folder, run.cfg.keep)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise Halt(f"cannot write the checkpoint {final}: {error}")
-    run.log.write("ckpt", it=step, path=str(final), durable=True)
-
-
-def save_shards(run: Run, folder: Path) -> dict[str, Tensor]:
-    """The optimizer's shards into `folder`; returns the whole weights, on the first rank alone.
-
-    OSError on all ranks if one of them could not write.
-    """
-    from torch.distributed import checkpoint
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    run.ranks.any(False)  # wait for the first rank to make room
-    run.policy.reshard()  # after a forward pass the root's weights are still gathered
-    try:
-        state = get_optimizer_state_dict(run.policy, run.optimizer)
-        checkpoint.save(state, checkpoint_id=folder)
-    except checkpoint.CheckpointException as error:  # of every rank; itself no Exception
-        raise OSError(next(iter(error.failures.values()))[0]) from None
-    whole = ((name, p.detach().full_tensor()) for name, p in run.policy.named_parameters())
-    return {name: weight.cpu() for name, weight in whole if run.ranks.rank == 0}
-
-
-def load_shards(policy: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """The optimizer's state, for whatever number of ranks."""
-    from torch.distributed import checkpoint
-    from torch.distributed.checkpoint import state_dict
-
-    state = state_dict.get_optimizer_state_dict(policy, optimizer)  # zeros, to be filled
-    checkpoint.load(state, checkpoint_id=folder)
-    state_dict.set_optimizer_state_dict(policy, optimizer, state)
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one."""
-    saved = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-    for old in saved[:-keep]:
-        if old != (folder / "best").resolve():
-            shutil.rmtree(old)
-
-
-def note_evaluation(out: str, step: int, m: dict[str, float]) -> None:
-    """Write the score into the step's checkpoint, if it has one; `best` follows the accuracy."""
-    folder = Path(out) / "checkpoints"
-    if not (folder / f"step-{step}").exists():
-        return
-    best = folder / "best" / "validation.json"
-    record = json.loads(best.read_text())["accuracy"] if best.exists() else -1
-    score = {"step": step, "split": "val", **m}
-    (folder / f"step-{step}" / "validation.json").write_text(json.dumps(compact(score)) + "\n")
-    if m["accuracy"] > record:
-        link(folder / "best", f"step-{step}")
-
-
-def sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-
-
-def link(name: Path, target: str) -> None:
-    """Point a symbolic link somewhere else in one step: a reader sees the old or the new one."""
-    temporary = name.with_name(f".{name.name}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    os.replace(temporary, name)
-    sync(name.parent)
-
-
-def last_checkpoint(out: str) -> str:
-    latest = Path(out) / "checkpoints" / "latest"
-    if not latest.exists():
-        return "there is no checkpoint yet"
-    return f"the last checkpoint is {latest.resolve()}"
-
-
-# ---- plumbing: the event log ---------------------------------------------------------------------
-
-
-def compact(x):
-    """Numbers to 4 significant digits; nan and inf as strings, since JSON has none."""
-    if isinstance(x, float):
-        return float(f"{x:.4g}") if math.isfinite(x) else str(x)
-    if isinstance(x, dict):
-        return {key: compact(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [compact(value) for value in x]
-    return x
-
-
-class EventLog:
-    """events.jsonl, schema 1, written by the first rank: one line and one os.write an event.
-
-    A log that cannot be written is reported once and never stops training. A torn last line is
-    closed first; after `resume` readers forget what came from later steps.
-    """
-
-    LONGEST = 65536
-
-    def __init__(self, cfg: Config, ranks: Ranks):
-        self.cfg, self.ranks = cfg, ranks
-        self.fd, self.q, self.it, self.lost = None, 0, 0, 0
-        self.wrote = self.shown = time.monotonic()
-        self.seconds: dict[str, float] = {}
-        self.pace: list[float] = []
-        self.lock, self.closed = threading.Lock(), threading.Event()
-        if ranks.rank > 0:
-            return
-        file = Path(cfg.out) / "events.jsonl"
-        self.fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--out {cfg.out}: another process is writing this run") from None
-        size = os.fstat(self.fd).st_size
-        tail = os.pread(self.fd, 2 * self.LONGEST, max(0, size - 2 * self.LONGEST))
-        if tail and not tail.endswith(b"\n"):
-            os.write(self.fd, b"\n")
-        self.q = next_number(tail)
-        threading.Thread(target=self.heartbeat, daemon=True).start()
-
-    def write(self, e: str, durable: bool = False, **fields) -> None:
-        if self.fd is None:
-            return
-        with self.lock:
-            head = f'{{"e":"{e}","q":{self.q},"ts":{time.time():.3f},'
-            line = head + json.dumps(compact(fields), separators=(",", ":"), allow_nan=False)[1:]
-            for optional in ("x0", "text", "prompt"):
-                if len(line) >= self.LONGEST and optional in fields:
-                    fields[optional] = None
-                    line = head + json.dumps(compact(fields), separators=(",", ":"))[1:]
-            try:
-                os.write(self.fd, (line + "\n").encode())
-                if durable:
-                    os.fsync(self.fd)
-            except OSError as error:
-                self.lost += 1
-                if self.lost == 1:
-                    say(f"warning: cannot write {self.cfg.out}/events.jsonl: {error}; going on")
-            self.q += 1
-            self.wrote = time.monotonic()
-
-    def heartbeat(self) -> None:
-        while not self.closed.wait(15):
-            if time.monotonic() - self.wrote >= 15:
-                self.write("hb", pid=os.getpid())
-
-    def meta(self, resume: int | None) -> None:
-        cfg = self.cfg
-        boot = Path("/proc/sys/kernel/random/boot_id")
-        self.write(
-            "meta", v=1, run=Path(cfg.out).name, host=platform.node(),
-            boot=boot.read_text().strip() if boot.exists() else "", pid=os.getpid(),
-            git=git_commit(), argv=sys.argv, model=Path(cfg.model).name, task=cfg.task,
-            iters=cfg.steps, T=cfg.T, K=cfg.K, L=cfg.C, block=cfg.block,
-            N=cfg.B * cfg.G * self.ranks.world, G=cfg.G, cfg=dataclasses.asdict(cfg), resume=resume,
-        )  # fmt: skip
-
-    @contextlib.contextmanager
-    def phase(self, step: int, name: str):
-        self.it = step
-        self.write("phase", it=step, name=name)
-        began = time.monotonic()
-        yield
-        self.seconds[name] = time.monotonic() - began
-
-    def watcher(self, step: int, run: Run) -> Callable | None:
-        """For `rollout`: at most `log_live` times a second, the steps since the last look."""
-        if self.fd is None or self.cfg.log_live == 0:
-            return None
-        seen = 0
-
-        def watch(t: int, roll: Rollout) -> None:
-            nonlocal seen
-            now = time.monotonic()
-            if now - self.shown < 1 / self.cfg.log_live and t < self.cfg.T - 1:
-                return
-            self.shown = now
-            entropy_NT = roll.entropy_NT[:, seen : t + 1]
-            live_NT = entropy_NT > -math.inf
-            mean_T = torch.where(live_NT, entropy_NT, 0).sum(0) / live_NT.sum(0)
-            when, ids, nats = (x[0].tolist() for x in (roll.when_NC, roll.token_NC, roll.entropy_NC))
-            shown = [
-                [i, run.tokenizer.decode([ids[i]]), nats[i]]
-                for i in range(self.cfg.C)
-                if seen <= when[i] <= t
-            ]
-            self.write("denoise", it=step, b=0, t0=seen, H=mean_T.tolist(), s=0, rv=shown)
-            seen = t + 1
-
-        return watch
-
-    def step(self, step: int, m: dict[str, float], roll: Rollout, t_NK: Tensor | None) -> None:
-        """The step's record, and one line on the terminal."""
-        cfg, total = self.cfg, sum(self.seconds.get(name, 0) for name in PHASES)
-        self.pace = (self.pace + [total])[-20:]
-        left = (cfg.steps - step - 1) * sum(self.pace) / len(self.pace)
-        m["reward/std"] = math.sqrt(max(0.0, m.pop("reward/square") - m["reward/mean"] ** 2))
-        m["clip_frac"] = m["clip_hi"] + m["clip_lo"]
-        m["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
-        m["tok_s"] = m["len/mean"] * len(roll.token_NC) * self.ranks.world / self.seconds["rollout"]
-        m.update({f"t/{name}": self.seconds[name] for name in PHASES})
-        m.update({"t/total": total, "eta_s": left})
-        if self.ranks.device.type == "cuda":
-            m["mem/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        live_NT = roll.entropy_NT > -math.inf
-        ent_T = torch.where(live_NT, roll.entropy_NT, 0).sum(0) / live_NT.sum(0)
-        sel_T = [] if t_NK is None else torch.bincount(t_NK.flatten(), minlength=cfg.T).tolist()
-        self.write("step", it=step, m=m, ent=ent_T.tolist(), sel=sel_T, n=len(roll.token_NC))
-        say(
-            f"step {step + 1:>4}/{cfg.steps}  reward {m['reward/mean']:.3f}  correct {m['correct']:.3f}"
-            f"  entropy {m['entropy/mean']:.2f}  kl {m['kl']:.4f}  clip {m['clip_frac']:.3f}"
-            f"  {total:.1f} s  eta {left / 60:.1f} min"
-        )
-
-    def eval(self, step: int, m: dict[str, float]) -> None:
-        self.write("eval", it=step, m=m, n=m["n"], split="val", step=step)
-        say(
-            f"eval {step:>4}/{self.cfg.steps}  accuracy {m['accuracy']:.3f} [{m['lo']:.3f}, {m['hi']:.3f}]"
-            f"  reward {m['reward']:.3f}  of {m['n']} held out  {m['seconds']:.1f} s"
-        )
-
-    def samples(
-        self, run, problems, answers, rewards, roll, t_NK, moves, ratio_S, early_NK, guess_SC
-    ) -> None:
-        """The whole trajectory of the first row of two prompts, and the first prompt's group."""
-        if self.fd is None:
-            return
-        step, G, end = self.it, self.cfg.G, run.policy.config.eos_id
-        length = lengths(roll.token_NC, end).tolist()
-        for row in dict.fromkeys((0, min(G, len(problems) - 1) // G * G)):
-            ids = roll.token_NC[row].tolist()
-            K = 0 if t_NK is None else t_NK.shape[1]
-            own = slice(row * K, (row + 1) * K)
-            guess = None if guess_SC is None else [pieces(x, run.tokenizer) for x in guess_SC[own].tolist()]
-            self.write(
-                "sample", it=step, s=row, p=row // G, g=row % G, prompt=problems[row].prompt,
-                tok=pieces(ids, run.tokenizer), rev=roll.when_NC[row].tolist(),
-                tent=(roll.entropy_NC[row] * 50).round().int().tolist(),
-                ent=roll.entropy_NT[row].tolist(),
-                sel=t_NK[row].tolist() if K else [],
-                srw=early_NK[row].tolist() if guess else [],
-                adv=moves.adv_S[own].tolist(), ratio=ratio_S[own].tolist(),
-                rw={"reward": float(rewards[row]), **rewards[row].parts},
-                gold=str(problems[row].answer)[:200], pred=answers[row][-200:],
-                ok=rewards[row].correct, eos=0, len=length[row], x0=guess,
-            )  # fmt: skip
-        self.write(
-            "group", it=step, p=0, text=answers[:G], rw=[float(x) for x in rewards[:G]], len=length[:G]
-        )
-
-    def end(self, status: str, error: str | None = None) -> None:
-        self.closed.set()
-        self.write("end", status=status, it=self.it, err=error, durable=True)
-
-
-PHASES = ("rollout", "logp", "score", "update")
-
-
-def next_number(tail: bytes) -> int:
-    """One more than the last event's number."""
-    for line in reversed(tail.splitlines()):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            return json.loads(line)["q"] + 1
-    return 0
-
-
-def pieces(ids: list[int], tokenizer) -> list[str]:
-    """Each token as text; a character split over tokens stands at the first, the rest are empty."""
-    texts, first = [], 0
-    for i in range(len(ids)):
-        text = tokenizer.decode(ids[first : i + 1])
-        if text.endswith("\ufffd") and i - first < 3:
-            texts.append("")
-            continue
-        texts.append("")
-        texts[first], first = text, i + 1
-    return texts
-
-
-def git_commit() -> str:
-    ask = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    with contextlib.suppress(OSError):
-        return subprocess.run(ask, capture_output=True, text=True).stdout.strip()
-    return ""
-
-
-# ---- plumbing: the run folder and the command line -----------------------------------------------
+# ---- the run and the command line ----------------------------------------------------------------
 
 
 def open_run(cfg: Config, ranks: Ranks, stop: StopSignal) -> tuple[Run, int]:
@@ -1354,7 +833,7 @@ def open_run(cfg: Config, ranks: Ranks, stop: StopSignal) -> tuple[Run, int]:
         latest = out / "checkpoints" / "latest"
         checkpoint = latest.resolve() if latest.exists() else None
         if checkpoint and (checkpoint / "sharded").exists() != cfg.shard:
-            raise ValueError(f"--{'no-' * cfg.shard}shard is how {checkpoint} was written: resume so")
+            raise ValueError(f"--{'no-' * cfg.shard}shard: so was {checkpoint} written; resume so")
     train_set, val_set = load_problems(cfg, "train"), load_problems(cfg, "val", cfg.eval_n)
     policy, tokenizer = load_policy(cfg, str(checkpoint or cfg.model), ranks)
     cfg.P = prompt_length(cfg, train_set + val_set, tokenizer)
@@ -1445,7 +924,7 @@ def model_folder(path: str) -> str:
 
 
 def evaluate_only(cfg: Config, ranks: Ranks) -> int:
-    """The test split, once: a table on the terminal and its numbers in a file beside the weights."""
+    """The test split, once: a table on the terminal, its numbers in a file beside the weights."""
     problems = load_problems(cfg, "test", cfg.eval_n)
     policy, tokenizer = load_policy(cfg, cfg.model, ranks)
     cfg.P = prompt_length(cfg, problems, tokenizer)
@@ -1456,7 +935,8 @@ def evaluate_only(cfg: Config, ranks: Ranks) -> int:
     if validation.exists():
         m = json.loads(validation.read_text())
         say(f"{folder}: validation accuracy {m['accuracy']} after {m['step']} steps")
-    say(f"{len(problems)} test problems of {cfg.task}, {'greedy' if not cfg.samples else 'sampled'}")
+    how = f"{cfg.samples} samples each" if cfg.samples else "greedy"
+    say(f"{len(problems)} test problems of {cfg.task}, {how}")
     say("length  steps  accuracy  [95 % interval]  reward  tokens  tokens/s  forwards  seconds")
     results = []
     for length in cfg.lengths or (cfg.C,):
@@ -1476,67 +956,6 @@ def evaluate_only(cfg: Config, ranks: Ranks) -> int:
         file = folder / f"test-{cfg.task}.json"
         file.write_text(json.dumps(compact(results), indent=1) + "\n")
         say(f"written: {file}")
-    return 0
-
-
-def forward_flops(net: nn.Module, L: int, positions: int) -> float:
-    """Of one row: each weight of a block times each token, attention, and the head where asked."""
-    c, weights = net.config, sum(w.numel() for w in net.blocks.parameters())
-    return 2 * weights * L + 4 * c.n_layers * c.d_model * L**2 + 2 * positions * c.d_model * c.vocab_size
-
-
-def plan(cfg: Config, bf16: bool) -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes at the peak by part, and FLOPs of an iteration by phase, from the shapes alone."""
-    folder = model.find_folder(cfg.model, cfg.revision or None)
-    net = model.from_config(folder, "meta")
-    wide, d_ff = 2 if bf16 else 4, net.blocks[0].up.out_features
-    if cfg.lora_r:
-        model.add_lora(net, cfg.lora_r, cfg.lora_alpha)
-    c = net.config
-    maps = sum(
-        (linear.base if cfg.lora_r else linear).weight.numel()
-        for block in net.blocks for _, linear in model.linears(block)
-    )  # fmt: skip
-    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    other = sum(p.numel() for p in net.parameters()) - maps - (trained if cfg.lora_r else 0)
-    P, R, S = cfg.P or 256, cfg.C // cfg.T, cfg.B * cfg.G * cfg.K
-    L, S = P + cfg.C, S if cfg.method == "egspo" else cfg.B * cfg.G
-    each = {"none": wide, "int8": 1, "nf4": 0.516}[cfg.quantize]  # nf4: 4 bits and its scales
-    saved = cfg.micro * L * (14 * c.d_model + 4 * d_ff) * wide  # what a block keeps for backward
-    stream = cfg.micro * L * c.d_model * wide
-    head = cfg.micro * R * c.vocab_size * 4 * 5  # float32 logits, log-softmax and their gradients
-    memory = {
-        "weights": maps * each + other * wide + trained * 4 if cfg.lora_r else (maps + other) * 4,
-        "reference": 0 if cfg.lora_r else maps * wide + other * 4,
-        "bf16 copies": 0 if cfg.lora_r or not bf16 else maps * 2,
-        "gradients": trained * 4,
-        "optimizer": trained * (8 if cfg.optimizer == "adamw" else 2.1),
-        "activations": c.n_layers * stream + saved if cfg.checkpointing else c.n_layers * saved,
-        "logits": max(head, min(2**24, cfg.B * cfg.G * cfg.block * c.vocab_size) * 40),
-    }
-    once = forward_flops(net, L, R)
-    backward = (2 if cfg.lora_r else 3) + cfg.checkpointing  # a frozen weight has no gradient
-    flops = {
-        "rollout": cfg.B * cfg.G * cfg.T * forward_flops(net, L, cfg.block),
-        "logp": S * (once + forward_flops(net, L, R + cfg.C)),
-        "update": cfg.mu * S * backward * once,
-    }
-    return {"parameters": maps + other, "trained": trained, **memory}, flops
-
-
-def dry_run(cfg: Config) -> int:
-    memory, flops = plan(cfg, cfg.precision != "float32")
-    parameters, trained = memory.pop("parameters"), memory.pop("trained")
-    total = sum(memory.values())
-    say(f"{cfg.model}: {parameters / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained")
-    say(f"a step on each rank: {cfg.B} prompts x {cfg.G} samples, P {cfg.P or 256}"
-        f"{'' if cfg.P else ' (assumed)'}, C {cfg.C}, T {cfg.T}, K {cfg.K}, micro {cfg.micro}")  # fmt: skip
-    for part, size in memory.items():
-        say(f"  {part:<12} {size / 1e9:>8.2f} GB")
-    fits = [f"{gb} GB: {'fits' if total < 0.92e9 * gb else 'no'}" for gb in (24, 48, 80, 141)]
-    say(f"  {'peak':<12} {total / 1e9:>8.2f} GB    {'   '.join(fits)}")
-    for phase, count in flops.items():
-        say(f"  {phase:<12} {count / 1e12:>8.1f} TFLOP")
     return 0
 
 
@@ -1560,31 +979,10 @@ def prompt_length(cfg: Config, problems: list[data.Problem], tokenizer) -> int:
     longer = sum(size > cfg.P for size in sizes)
     if longer:
         raise ValueError(
-            f"--P {cfg.P}: {longer} of {len(sizes)} prompts are longer (the longest has {max(sizes)} "
-            "tokens), and prompts are never cut; raise --P, or 0 for the longest"
+            f"--P {cfg.P}: {longer} of {len(sizes)} prompts are longer (the longest has "
+            f"{max(sizes)} tokens), and prompts are never cut; raise --P, or 0 for the longest"
         )
     return cfg.P
-
-
-def describe_run(cfg: Config, out: Path) -> None:
-    """What a reader needs to repeat the run: settings, source and versions."""
-    text = json.dumps(dataclasses.asdict(cfg) | {"resume": False}, indent=2)
-    (out / "config.json").write_text(text + "\n")
-    (out / "source").mkdir(exist_ok=True)
-    for file in HERE.glob("*.py"):
-        shutil.copy(file, out / "source")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    names = ("torch", "transformers", "tokenizers", "safetensors", "tyro", "bitsandbytes")
-    versions = [f"{name} {version(name)}" for name in names]
-    lines = [f"python {platform.python_version()}", *versions, f"gpu {gpu}", f"git {git_commit()}"]
-    (out / "source" / "env.txt").write_text("\n".join(lines) + "\n")
-
-
-def version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
 
 
 def introduce(cfg: Config, policy: nn.Module, ranks: Ranks, start: int) -> None:
@@ -1592,7 +990,8 @@ def introduce(cfg: Config, policy: nn.Module, ranks: Ranks, start: int) -> None:
     total, trained = sum(n for n, _ in sizes), sum(n for n, grad in sizes if grad)
     precision = "bf16" if use_bf16(cfg, ranks.device) else "float32"
     speed = "compiled" if cfg.compile else "eager"
-    say(f"{cfg.task} with {cfg.model}: {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained")
+    count = f"{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
+    say(f"{cfg.task} with {cfg.model}: {count}")
     say(f"{ranks.world} x {ranks.device.type}, {precision}, {speed}; {cfg.method}, lam {cfg.lam}")
     say(
         f"a step: {cfg.B * ranks.world} prompts x {cfg.G} samples, P {cfg.P}, C {cfg.C} in {cfg.T} "
@@ -1619,12 +1018,13 @@ def preset(argv: list[str]) -> Config:
         if not given("--out"):
             raise ValueError("--resume: say which run with --out runs/<name>")
         if not file.exists():
-            raise ValueError(f"--resume: --out {given('--out')} holds no run (no config.json there)")
+            raise ValueError(f"--resume: no run in --out {given('--out')} (no config.json there)")
         try:
             return Config(**model.read_json(file))
         except TypeError as error:
             raise ValueError(f"{file}: not of this version ({error})") from None
-    path = model_folder(given("--model") or "") or ("GSAI-ML/LLaDA-8B-Instruct" if torch.cuda.is_available() else "tiny")
+    default = "GSAI-ML/LLaDA-8B-Instruct" if torch.cuda.is_available() else "tiny"
+    path = model_folder(given("--model") or "") or default
     return Config(model=path, **(SMALL if is_small(path) else {}))
 
 

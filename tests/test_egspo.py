@@ -11,6 +11,7 @@ from toy import toy_model
 
 import data
 import egspo
+import plumbing
 
 
 @pytest.fixture(scope="module")
@@ -447,13 +448,14 @@ def test_texts_stop_at_the_first_end_token_and_lengths_count_up_to_it(folder):
     ids = tokenizer("ab")["input_ids"]
     token_NC = torch.tensor([ids + [256] + ids, ids + ids + ids[:1]])
     assert egspo.texts(token_NC, tokenizer, 256) == ["ab", "ababa"]
-    assert egspo.lengths(token_NC, 256).tolist() == [2, 5]
+    roll = egspo.Rollout(None, None, token_NC, None, None, None, T=5, forwards=0)
+    assert roll.lengths(256).tolist() == [2, 5]
 
 
 def test_pieces_join_to_the_text_and_a_split_character_stands_at_its_first_token(folder):
     _, tokenizer = egspo.load_policy(settings(), str(folder), egspo.Ranks())
     ids = tokenizer("a→b")["input_ids"]
-    assert egspo.pieces(ids, tokenizer) == ["a", "→", "", "", "b"]
+    assert plumbing.pieces(ids, tokenizer) == ["a", "→", "", "", "b"]
 
 
 def test_a_tally_is_a_weighted_mean_over_everything_it_was_given():

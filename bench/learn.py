@@ -1,0 +1,63 @@
+"""Does it learn? Runs the default for several tasks and seeds, and writes bench/learn.md.
+
+    python bench/learn.py [--task sudoku countdown toycode] [--seeds 0 1 2] [-- flags of egspo.py]
+
+The table is made of the runs' own event logs. Runs that are already there are not repeated.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def run(task: str, seed: int, folder: Path, flags: list[str]) -> list[dict]:
+    """The run's events; made now unless it has already finished."""
+    out = folder / f"{task}-{seed}"
+    log = out / "events.jsonl"
+    if not log.exists() or '"status":"finished"' not in log.read_text():
+        words = ["--task", task, "--seed", str(seed), "--out", str(out), *flags]
+        resume = ["--resume"] if (out / "config.json").exists() else []
+        subprocess.run([sys.executable, HERE.parent / "egspo.py", *words, *resume], check=True)
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def row(task: str, seed: int, events: list[dict]) -> str:
+    evals = [event for event in events if event["e"] == "eval"]
+    steps = [event for event in events if event["e"] == "step"]
+    curve = "".join(BARS[round(7 * event["m"]["accuracy"])] for event in evals)
+    first, last = evals[0]["m"], evals[-1]["m"]
+    minutes = (events[-1]["ts"] - events[0]["ts"]) / 60
+    rewards = f"{steps[0]['m']['reward/mean']:.2f} → {steps[-1]['m']['reward/mean']:.2f}"
+    interval = f"{100 * last['accuracy']:.1f} [{100 * last['lo']:.1f}, {100 * last['hi']:.1f}]"
+    return (
+        f"| {task} | {seed} | {100 * first['accuracy']:.1f} | {interval} | {rewards} | {curve} "
+        f"| {len(steps)} | {minutes:.1f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", nargs="+", default=["sudoku", "countdown", "toycode"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/learn"), help="where the runs go")
+    parser.add_argument("flags", nargs="*", help="flags of egspo.py, after --")
+    args = parser.parse_args()
+    lines = [
+        "| task | seed | solved before, % | solved after, % [95 %] | training reward | validation accuracy "
+        "| steps | minutes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for task in args.task:
+        for seed in args.seeds:
+            lines.append(row(task, seed, run(task, seed, args.runs, args.flags)))
+            print(lines[-1], flush=True)
+    (HERE / "learn.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
