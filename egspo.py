@@ -92,6 +92,7 @@ class Config:
     merge: bool = False  # write --model with its adapter folded in to --out, and stop
     eval_every: int = 50  # steps between evaluations on the validation split
     eval_n: int = 0  # problems of an evaluation; 0: the whole split
+    test: bool = True  # evaluate the test split once, after the last step
     lengths: tuple[int, ...] = ()  # with --eval-only: completion lengths, 2 tokens a step
     samples: int = 0  # with --eval-only: sample so many answers a problem, for pass@k; 0: greedy
     keep: int = 3  # newest checkpoints kept, beside the best on the validation split
@@ -704,6 +705,7 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     train_set: list[data.Problem] = ()
     val_set: list[data.Problem] = ()
+    test_set: list[data.Problem] = ()
     log: EventLog | None = None
     stop: StopSignal | None = None
     background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))  # rewards
@@ -767,9 +769,13 @@ def between_steps(run: Run, step: int, start: int) -> None:
     if step % cfg.eval_every == 0 or last:
         with run.log.phase(step, "eval"):
             m = evaluate(run, run.val_set, cfg)
-        run.log.eval(step, m)
+        run.log.eval(step, m, "val")
         if run.ranks.rank == 0:
             note_evaluation(cfg.out, step, m)
+    if last and run.test_set:
+        with run.log.phase(step, "eval"):
+            m = evaluate(run, run.test_set, cfg)
+        run.log.eval(step, m, "test")
 
 
 def judge_guesses(run: Run, problems: list[data.Problem], guess_SC: Tensor | None) -> Tensor | None:
@@ -835,8 +841,9 @@ def open_run(cfg: Config, ranks: Ranks, stop: StopSignal) -> tuple[Run, int]:
         if checkpoint and (checkpoint / "sharded").exists() != cfg.shard:
             raise ValueError(f"--{'no-' * cfg.shard}shard: so was {checkpoint} written; resume so")
     train_set, val_set = load_problems(cfg, "train"), load_problems(cfg, "val", cfg.eval_n)
+    test_set = load_problems(cfg, "test", cfg.eval_n) if cfg.test else []
     policy, tokenizer = load_policy(cfg, str(checkpoint or cfg.model), ranks)
-    cfg.P = prompt_length(cfg, train_set + val_set, tokenizer)
+    cfg.P = prompt_length(cfg, train_set + val_set + test_set, tokenizer)
     if cfg.shard:  # before the reference is loaded: never two whole networks at a time
         shard(policy, cfg, ranks)
     if cfg.lora_r > 0:
@@ -863,7 +870,7 @@ def open_run(cfg: Config, ranks: Ranks, stop: StopSignal) -> tuple[Run, int]:
     log.meta(resume=start if cfg.resume else None)
     introduce(cfg, policy, ranks, start)
     run = Run(
-        cfg, policy, tokenizer, ranks, reference, optimizer, train_set, val_set, log, stop
+        cfg, policy, tokenizer, ranks, reference, optimizer, train_set, val_set, test_set, log, stop
     )  # fmt: skip
     return run, start
 
@@ -997,6 +1004,8 @@ def introduce(cfg: Config, policy: nn.Module, ranks: Ranks, start: int) -> None:
         f"a step: {cfg.B * ranks.world} prompts x {cfg.G} samples, P {cfg.P}, C {cfg.C} in {cfg.T} "
         f"denoising steps, {cfg.K} of them learn"
     )
+    if is_small(cfg.model) and cfg.task not in ("sudoku", "countdown", "toycode"):
+        say(f"so small a model scores about zero on {cfg.task}: this run only shows that it works")
     if start:
         say(f"resuming after {start} of {cfg.steps} steps")
     say(f"watch it: python tui.py {cfg.out}")

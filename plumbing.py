@@ -486,10 +486,10 @@ class EventLog:
             f"  clip {m['clip_frac']:.3f}  {total:.1f} s  eta {left / 60:.1f} min"
         )
 
-    def eval(self, step: int, m: dict[str, float]) -> None:
-        self.write("eval", it=step, m=m, n=m["n"], split="val", step=step)
+    def eval(self, step: int, m: dict[str, float], split: str) -> None:
+        self.write("eval", it=step, m=m, n=m["n"], split=split, step=step)
         say(
-            f"eval {step:>4}/{self.cfg.steps}  accuracy {m['accuracy']:.3f}"
+            f"{split:<4} {step:>4}/{self.cfg.steps}  accuracy {m['accuracy']:.3f}"
             f" [{m['lo']:.3f}, {m['hi']:.3f}]"
             f"  reward {m['reward']:.3f}  of {m['n']} held out  {m['seconds']:.1f} s"
         )

@@ -27,15 +27,16 @@ def run(task: str, seed: int, folder: Path, flags: list[str]) -> list[dict]:
 
 
 def row(task: str, seed: int, events: list[dict]) -> str:
-    evals = [event for event in events if event["e"] == "eval"]
+    evals = [event for event in events if event["e"] == "eval" and event["split"] == "val"]
+    test = [event for event in events if event["e"] == "eval" and event["split"] == "test"][-1]["m"]
     steps = [event for event in events if event["e"] == "step"]
     curve = "".join(BARS[round(7 * event["m"]["accuracy"])] for event in evals)
     first, last = evals[0]["m"], evals[-1]["m"]
     minutes = (events[-1]["ts"] - events[0]["ts"]) / 60
     rewards = f"{steps[0]['m']['reward/mean']:.2f} → {steps[-1]['m']['reward/mean']:.2f}"
-    interval = f"{100 * last['accuracy']:.1f} [{100 * last['lo']:.1f}, {100 * last['hi']:.1f}]"
+    interval = f"{100 * test['accuracy']:.1f} [{100 * test['lo']:.1f}, {100 * test['hi']:.1f}]"
     return (
-        f"| {task} | {seed} | {100 * first['accuracy']:.1f} | {interval} | {rewards} | {curve} "
+        f"| {task} | {seed} | {100 * first['accuracy']:.1f} | {100 * last['accuracy']:.1f} | {interval} | {rewards} | {curve} "
         f"| {len(steps)} | {minutes:.1f} |"
     )
 
@@ -48,9 +49,9 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help="flags of egspo.py, after --")
     args = parser.parse_args()
     lines = [
-        "| task | seed | solved before, % | solved after, % [95 %] | training reward | validation accuracy "
-        "| steps | minutes |",
-        "|---|---|---|---|---|---|---|---|",
+        "| task | seed | validation before, % | after, % | test after, % [95 %] | training reward "
+        "| validation, 0 to 100 % | steps | minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for task in args.task:
         for seed in args.seeds:

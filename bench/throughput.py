@@ -128,7 +128,7 @@ def straightforward(net, optimizer, size: str, cfg: egspo.Config) -> None:
             sure = prob.gather(-1, drawn[..., None]).squeeze(-1)
             entropy = torch.special.entr(prob).sum(-1)
             block = torch.arange(P + cfg.C, device=DEVICE)
-            here = (block >= P + t * R // cfg.block * cfg.block)
+            here = block >= P + t * R // cfg.block * cfg.block
             here &= block < P + (t * R // cfg.block + 1) * cfg.block
             sure = torch.where((ids_NL == 1) & here, sure, -1)
             chosen = sure.topk(R, dim=1).indices
@@ -160,7 +160,6 @@ def iteration(size: str) -> dict:
     slow = seconds(
         lambda: straightforward(slow_net, egspo.make_optimizer(slow_net, cfg), size, cfg), repeats=1
     )
-    del slow_net
     net = egspo.accelerate(network(size, V, cfg), cfg, DEVICE)
     optimizer = egspo.make_optimizer(net, cfg)
     fast = seconds(lambda: ours(net, optimizer, size, cfg))
@@ -190,7 +189,9 @@ def floor(size: str) -> dict:
     rate = matmul_rate()
     N, S = cfg.B * cfg.G, cfg.B * cfg.G * cfg.K
     rollout_s = seconds(lambda: act(net, size, cfg))
-    update_s = seconds(lambda: egspo.update(net, optimizer, moves, cfg, egspo.Ranks(), egspo.Tally()))
+    update_s = seconds(
+        lambda: egspo.update(net, optimizer, moves, cfg, egspo.Ranks(), egspo.Tally())
+    )
     rate = max(rate, matmul_rate())
     rollout_floor = N * cfg.T * egspo.forward_flops(net, L, cfg.block) / rate
     backward = 2 if cfg.lora_r else 3  # frozen weights have no gradient of their own
@@ -206,7 +207,9 @@ def vocabulary(size: str) -> dict:
     for V in (1000, 126_464):
         net = egspo.accelerate(network(size, V, cfg), cfg, DEVICE)
         times[V] = seconds(lambda: act(net, size, cfg), repeats=2)
-    return dict(small_s=times[1000], large_s=times[126_464], times_slower=times[126_464] / times[1000])
+    return dict(
+        small_s=times[1000], large_s=times[126_464], times_slower=times[126_464] / times[1000]
+    )
 
 
 def memory(size: str) -> dict:
@@ -284,7 +287,11 @@ def main() -> None:
     parser.add_argument("--size", choices=SHAPES, default="25m")
     parser.add_argument("--write", action="store_true", help="append to bench/throughput.jsonl")
     args = parser.parse_args()
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if DEVICE.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     figures = {key: float(f"{value:.3g}") for key, value in parts[args.part](args.size).items()}
     line = json.dumps(dict(part=args.part, size=args.size, device=name, **figures))
     print(line)

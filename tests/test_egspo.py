@@ -90,7 +90,9 @@ def test_sampling_follows_the_policy_and_its_tail(policy):
             return logits_V.expand(*h.shape[:-1], 5)
 
     u_NJ = ((torch.arange(100_000) + 0.5) / 100_000).reshape(1000, 100)  # evenly spread
-    token_NJ, sure_NJ, entropy_NJ = egspo.draw(Fixed(), torch.zeros(1000, 100, 1), u_NJ.double(), 0.5)
+    token_NJ, sure_NJ, entropy_NJ = egspo.draw(
+        Fixed(), torch.zeros(1000, 100, 1), u_NJ.double(), 0.5
+    )
     p_V = torch.softmax((logits_V / 0.5)[[0, 1, 3, 4]], 0)
     share_V = torch.bincount(token_NJ.flatten(), minlength=5)[[0, 1, 3, 4]] / 100_000
     assert torch.allclose(share_V.double(), p_V, atol=2e-5)
@@ -138,7 +140,9 @@ def test_large_vocabularies_are_cut_into_slabs_without_a_trace(policy, monkeypat
 
 
 def test_entropy_selection_keeps_the_K_most_uncertain_steps_in_order():
-    entropy_NT = torch.tensor([[0.1, 0.9, 0.3, 0.9, 0.2], [1.0, 0.5, -math.inf, -math.inf, -math.inf]])
+    entropy_NT = torch.tensor(
+        [[0.1, 0.9, 0.3, 0.9, 0.2], [1.0, 0.5, -math.inf, -math.inf, -math.inf]]
+    )
     assert egspo.select_steps(entropy_NT, 3, "entropy").tolist() == [[1, 2, 3], [0, 1, 2]]
 
 
@@ -219,7 +223,9 @@ def test_advantages_ignore_a_constant_follow_a_permutation_and_vanish_for_equal_
     assert same.abs().max() == 0
     egspo_only = egspo.stepwise_advantages(reward_N, early_NK, live_NK, 4, 0.0)
     group = reward_N.unflatten(0, (2, 4))
-    assert torch.allclose(egspo_only[:, 0], (group - group.mean(1, keepdim=True)).flatten(), atol=1e-6)
+    assert torch.allclose(
+        egspo_only[:, 0], (group - group.mean(1, keepdim=True)).flatten(), atol=1e-6
+    )
 
 
 def test_the_guess_keeps_what_is_revealed_and_is_the_argmax_elsewhere(policy):
@@ -298,7 +304,9 @@ def test_an_update_makes_rewarded_moves_more_likely_and_punished_ones_less(folde
     cfg = settings(lr=1e-3, warmup=0, beta=0.0, weight_decay=0.0, lam=0.0)
     policy = egspo.load_policy(cfg, str(folder), egspo.Ranks())[0]
     moves = learn(policy, cfg, torch.tensor([1.0, 0, 0, 1, 1, 0]))
-    egspo.update(policy, egspo.make_optimizer(policy, cfg), moves, cfg, egspo.Ranks(), egspo.Tally())
+    egspo.update(
+        policy, egspo.make_optimizer(policy, cfg), moves, cfg, egspo.Ranks(), egspo.Tally()
+    )
     after_S, _ = egspo.score(policy, moves, cfg)
     gain_S = (after_S - moves.old_S) * moves.adv_S.sign()
     assert gain_S[moves.live_S].mean() > 0
@@ -331,11 +339,16 @@ def test_the_loss_equals_the_loop_and_counts_its_clips():
     assert stats["clip_hi"][0].sum() == high > 0 and stats["clip_lo"][0].sum() == low > 0
 
 
-@pytest.mark.parametrize("adv, logp, has_gradient", [(1.0, 1.0, False), (1.0, -1.0, True), (-1.0, -1.0, False), (-1.0, 1.0, True)])
+@pytest.mark.parametrize(
+    "adv, logp, has_gradient",
+    [(1.0, 1.0, False), (1.0, -1.0, True), (-1.0, -1.0, False), (-1.0, 1.0, True)],
+)
 def test_a_clipped_move_has_no_gradient_and_only_on_the_side_it_should(adv, logp, has_gradient):
     cfg = settings(beta=0.0)
     logp_S = torch.tensor([logp], requires_grad=True)
-    mb = egspo.Moves(*[None] * 5, torch.tensor([True]), torch.tensor([adv]), torch.zeros(1), torch.zeros(1))
+    mb = egspo.Moves(
+        *[None] * 5, torch.tensor([True]), torch.tensor([adv]), torch.zeros(1), torch.zeros(1)
+    )
     egspo.clipped_loss(logp_S, mb, cfg, torch.tensor(1.0))[0].backward()
     assert (logp_S.grad.abs().item() > 0) == has_gradient
 
@@ -348,7 +361,10 @@ def test_exact_probability_equals_brute_force_over_what_losers_could_have_drawn(
     token_SR = logp_SJV[:, [0, 2]].argmax(-1)
     fast = egspo.exact_logp(logp_SJV, hidden_SJ, at_SR, token_SR)
     for s in range(5):
-        sure = [logp_SJV[s, at, token].item() for at, token in zip(at_SR[s].tolist(), token_SR[s].tolist())]
+        sure = [
+            logp_SJV[s, at, token].item()
+            for at, token in zip(at_SR[s].tolist(), token_SR[s].tolist())
+        ]
         want = sum(sure)
         for j in range(4):
             if hidden_SJ[s, j] and j not in (0, 2):
@@ -364,7 +380,9 @@ def test_a_number_that_is_not_finite_stops_the_run_before_the_weights_change(fol
     moves = moves._replace(adv_S=moves.adv_S * math.nan)
     before = policy.unembed.weight.detach().clone()
     with pytest.raises(egspo.Halt, match="gradient norm is nan"):
-        egspo.update(policy, egspo.make_optimizer(policy, cfg), moves, cfg, egspo.Ranks(), egspo.Tally())
+        egspo.update(
+            policy, egspo.make_optimizer(policy, cfg), moves, cfg, egspo.Ranks(), egspo.Tally()
+        )
     assert torch.equal(before, policy.unembed.weight)
 
 
@@ -424,7 +442,12 @@ def test_each_epoch_is_a_permutation_and_ranks_share_a_step_by_arithmetic():
         world: int = 2
 
     problems = list(range(20))
-    seen = [p for step in range(5) for rank in range(2) for p in egspo.batch(problems, 2, step, 0, Two(rank))]
+    seen = [
+        p
+        for step in range(5)
+        for rank in range(2)
+        for p in egspo.batch(problems, 2, step, 0, Two(rank))
+    ]
     assert sorted(seen) == problems
     alone = [p for step in range(5) for p in egspo.batch(problems, 4, step, 0, Two(0, 1))]
     assert seen == alone
@@ -439,7 +462,9 @@ def test_prompts_are_left_padded_and_never_cut(folder):
     prompt_BP, real_BP = egspo.encode(problems, tokenizer, P + 5, 258)
     assert (prompt_BP[:, :5] == 258).all() and not real_BP[:, :5].any()
     assert tokenizer.decode(prompt_BP[0, 5:]) == problems[0].prompt + "\n"
-    with pytest.raises(ValueError, match=rf"--P 20: 3 of 3 prompts are longer \(the longest has {P} "):
+    with pytest.raises(
+        ValueError, match=rf"--P 20: 3 of 3 prompts are longer \(the longest has {P} "
+    ):
         egspo.prompt_length(settings(P=20), problems, tokenizer)
 
 

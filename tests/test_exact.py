@@ -56,7 +56,10 @@ def moves_from(policy, state_C, cfg):
         orders = [(sure_C.detach(), 1.0)]
         if cfg.order == "random":  # every pair of hidden positions is equally likely
             pairs = list(itertools.combinations(spots, C // T))
-            orders = [(-torch.ones(C).scatter(0, torch.tensor(pair), -1.0), 1 / len(pairs)) for pair in pairs]
+            orders = [
+                (-torch.ones(C).scatter(0, torch.tensor(pair), -1.0), 1 / len(pairs))
+                for pair in pairs
+            ]
         for score_C, share in orders:
             at_R = egspo.reveal(score_C[None], hidden_C[None], C // T)[0].sort().values
             move = (tuple(at_R.tolist()), tuple(token_C[at_R].tolist()))
@@ -94,7 +97,9 @@ def gradients(seed: int, act: egspo.Config, learn: egspo.Config, baseline: bool 
     for first, p_first in moves_from(policy, start, act).items():
         middle = step(start, first)
         for second, p_second in moves_from(policy, middle, act).items():
-            trajectories.append((first, middle, second, p_first * p_second, worth(step(middle, second))))
+            trajectories.append(
+                (first, middle, second, p_first * p_second, worth(step(middle, second)))
+            )
     total = sum(p for *_, p, _ in trajectories)
     assert math.isclose(total.item(), 1, rel_tol=1e-12)
     J = sum(p * r for *_, p, r in trajectories)
@@ -108,7 +113,8 @@ def gradients(seed: int, act: egspo.Config, learn: egspo.Config, baseline: bool 
             key = (tuple(state_C.tolist()), move)
             weight[key] = weight.get(key, 0) + p.detach() * (r - level)
     surrogate = sum(
-        w * log_prob(policy, torch.tensor(state), move, learn) for (state, move), w in weight.items()
+        w * log_prob(policy, torch.tensor(state), move, learn)
+        for (state, move), w in weight.items()
     )
     return truth, torch.autograd.grad(surrogate, policy.theta)[0]
 
@@ -164,4 +170,6 @@ def test_ties_go_to_the_earlier_position_in_the_move_and_in_its_probability():
     found = moves_from(policy, start, cfg)
     assert {at for at, _ in found} == {(0, 1)}
     for move, prob in found.items():
-        assert math.isclose(log_prob(policy, start, move, cfg).exp().item(), prob.item(), rel_tol=1e-9)
+        assert math.isclose(
+            log_prob(policy, start, move, cfg).exp().item(), prob.item(), rel_tol=1e-9
+        )

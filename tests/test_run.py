@@ -91,7 +91,8 @@ def test_a_run_leaves_everything_that_the_monitor_and_a_reader_need(whole, toy):
     assert all(list(event)[:3] == ["e", "q", "ts"] for event in log)
     kinds = [event["e"] for event in log]
     assert kinds[0] == "meta" and kinds[-1] == "end" and log[-1]["status"] == "finished"
-    assert [event["it"] for event in log if event["e"] == "eval"] == [0, 4, 6]
+    evals = [(event["it"], event["split"]) for event in log if event["e"] == "eval"]
+    assert evals == [(0, "val"), (4, "val"), (6, "val"), (6, "test")]
     assert [event["it"] for event in log if event["e"] == "ckpt"] == [2, 4, 6]
     steps = [event for event in log if event["e"] == "step"]
     assert [event["it"] for event in steps] == list(range(6))
@@ -103,10 +104,12 @@ def test_a_run_leaves_everything_that_the_monitor_and_a_reader_need(whole, toy):
         assert len(event["ent"]) == 6 and sum(event["sel"]) == event["n"] * 2
     for event in (event for event in log if event["e"] == "eval"):
         assert event["m"]["lo"] <= event["m"]["accuracy"] <= event["m"]["hi"]
-        assert event["n"] == 4 and event["split"] == "val"
+        assert event["n"] == 4
     for event in (event for event in log if event["e"] == "sample"):
         assert sorted(set(event["rev"])) == list(range(6)) and len(event["tok"]) == 12
-        assert len(event["sel"]) == len(event["adv"]) == len(event["ratio"]) == len(event["srw"]) == 2
+        assert (
+            len(event["sel"]) == len(event["adv"]) == len(event["ratio"]) == len(event["srw"]) == 2
+        )
         assert len(event["x0"]) == 2 and len(event["x0"][0]) == 12
     assert "denoise" in kinds and "group" in kinds and "phase" in kinds
     assert all(len(line) < 65536 for line in (whole / "events.jsonl").read_bytes().splitlines())
@@ -143,7 +146,7 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(whole, toy, t
         if kills < 4:
             lines = chance.randrange(1, 4)  # of the steps and evaluations it reports
             for line in process.stdout:
-                lines -= line.startswith(("step", "eval"))
+                lines -= line.startswith(("step", "val"))
                 if lines == 0:
                     time.sleep(chance.random() * 0.05)
                     process.send_signal(signal.SIGKILL)
@@ -180,7 +183,11 @@ def test_a_signal_saves_and_says_so_in_its_exit_code(toy, whole, tmp_path, numbe
     out = tmp_path / "stopped"
     words = ["--model", toy, *SMALL, "--out", out, "--steps", 6, "--save-every", 100]
     process = subprocess.Popen(
-        command(*words), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(*words),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     for line in process.stdout:
         if line.startswith("step    2"):
@@ -204,7 +211,9 @@ def test_resuming_a_finished_run_changes_nothing(whole, toy, tmp_path):
 def test_a_second_writer_is_refused(toy, tmp_path):
     out = tmp_path / "busy"
     words = ["--model", toy, *SMALL, "--out", out, "--steps", 1000]
-    process = subprocess.Popen(command(*words), env=environment(), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(*words), env=environment(), stdout=subprocess.PIPE, text=True
+    )
     for line in process.stdout:
         if line.startswith("step"):
             break
@@ -278,8 +287,12 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("words, named", BAD, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
-def test_bad_usage_is_one_line_that_names_the_flag(toy, tmp_path, monkeypatch, capsys, words, named):
+@pytest.mark.parametrize(
+    "words, named", BAD, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
+)
+def test_bad_usage_is_one_line_that_names_the_flag(
+    toy, tmp_path, monkeypatch, capsys, words, named
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["egspo.py", "--model", str(toy), *SMALL, *words])
     monkeypatch.setattr(egspo, "StopSignal", lambda: None)  # the handlers are the process's
@@ -299,7 +312,15 @@ def test_bad_usage_is_exit_code_2_without_a_traceback(toy, tmp_path):
 def test_help_lists_every_flag_with_its_comment():
     done = run("--help")
     assert done.returncode == 0
-    for flag in ("--task", "--lam", "--K", "--likelihood", "--eval-only", "--no-compile", "--lora-r"):
+    for flag in (
+        "--task",
+        "--lam",
+        "--K",
+        "--likelihood",
+        "--eval-only",
+        "--no-compile",
+        "--lora-r",
+    ):
         assert flag in done.stdout
     assert "selected denoising steps" in done.stdout
 
@@ -336,7 +357,9 @@ def test_the_dry_run_counts_an_8b_model_and_says_where_it_fits(tmp_path):
     done = run("--model", tmp_path / "8b", "--dry-run", "--P", 200)
     assert done.returncode == 0, done.stderr
     assert "8,015.6 M parameters, 335.5 M trained" in done.stdout
-    done = run("--model", tmp_path / "8b", *"--dry-run --quantize nf4 --optimizer adamw8bit".split())
+    done = run(
+        "--model", tmp_path / "8b", *"--dry-run --quantize nf4 --optimizer adamw8bit".split()
+    )
     assert "24 GB: fits" in done.stdout
 
 
@@ -347,7 +370,9 @@ def test_the_real_chat_templates_work_without_remote_code(tmp_path, toy):
     problem = data.Problem("letters", "Wie heißt du? 12 → 13", None, "0")
     tokenizer = egspo.load_tokenizer(dream, "dream")
     ids = egspo.chat_ids([problem], tokenizer)[0]
-    assert tokenizer.mask_token_id == json.loads((dream / "config.json").read_text())["mask_token_id"]
+    assert (
+        tokenizer.mask_token_id == json.loads((dream / "config.json").read_text())["mask_token_id"]
+    )
     assert tokenizer.decode(ids).endswith(
         "<|im_start|>user\n" + problem.prompt + "<|im_end|>\n<|im_start|>assistant\n"
     )
