@@ -12,7 +12,7 @@ so it works on a copy, over ssh, or while rsync is still bringing the file.
 Three parts, top to bottom:
   read   Tail (bytes of a growing file) -> Run (what its events add up to), Sample (a trajectory)
   draw   pure functions: data, width and height in, rows of styled text out; `frame` draws a screen
-  app    keys change a View; one Textual widget shows the frame and repaints the cells that differ
+  app    keys change a View; one Textual widget shows the frame and repaints the lines that differ
 
 Denoising time t counts in generation order: 0 is all masks. Entropies are in nats.
 """
@@ -20,6 +20,7 @@ Denoising time t counts in generation order: 0 is all masks. Entropies are in na
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -41,10 +42,13 @@ from html import escape
 from pathlib import Path
 
 from rich.cells import cell_len, set_cell_size  # the widths Textual goes by
+from rich.segment import Segment
 
 # ==== read ========================================================================================
 
 SCHEMA = 1  # the newest version of the event log this file knows
+Lines = list[tuple[int, bytes]]  # offset in the file, line
+Place = tuple[int, int]  # offset and length of a line
 
 
 class Tail:
@@ -59,30 +63,29 @@ class Tail:
         self.path, self.patience = path, patience
         self.offset, self.inode, self.head, self.holes = 0, 0, b"", 0
 
-    def read(self, limit: int = 1 << 20) -> tuple[bool, list[tuple[int, bytes]]]:
-        """(started over?, [(offset, line)]) of `limit` bytes at most, none if there is no file."""
+    def read(self, limit: int = 1 << 20) -> tuple[bool, Lines]:
+        """(started over?, new lines) of `limit` bytes at most; none if there is no file."""
         try:
-            file = os.open(self.path, os.O_RDONLY)
+            file = open(self.path, "rb")
         except FileNotFoundError:
             return False, []
-        try:
-            stat, head = os.fstat(file), os.pread(file, 64, 0)
+        with file:
+            stat, head = os.fstat(file.fileno()), file.read(64)
             same = stat.st_ino == self.inode and stat.st_size >= self.offset
             again = self.offset > 0 and not (same and head.startswith(self.head))
             if again:
                 self.offset = self.holes = 0
             self.inode, self.head = stat.st_ino, head[: self.offset or None]
-            chunk = os.pread(file, limit, self.offset)
-        finally:
-            os.close(file)
+            file.seek(self.offset)
+            chunk = file.read(limit)
         end = chunk.rfind(b"\n") + 1
-        hole = chunk.find(b"\0", 0, end)
-        if hole >= 0 and self.holes < self.patience:
-            self.holes, end = self.holes + 1, chunk.rfind(b"\n", 0, hole) + 1
-        elif hole < 0:
-            self.holes = 0
-        if not end and hole < 0 and len(chunk) == limit:
+        if not end and len(chunk) == limit:
             end = limit  # no line is this long: let it be counted as a bad one
+        hole = chunk.find(b"\0", 0, end)
+        if hole < 0:
+            self.holes = 0
+        elif self.holes < self.patience:
+            self.holes, end = self.holes + 1, chunk.rfind(b"\n", 0, hole) + 1
         lines = []
         for line in chunk[:end].removesuffix(b"\n").split(b"\n") if end else ():
             lines.append((self.offset, line))
@@ -100,7 +103,7 @@ class Replay(Tail):
     def now(self) -> float:
         return self.first + (time.time() - self.began) * self.speed
 
-    def read(self, limit: int = 1 << 20) -> tuple[bool, list[tuple[int, bytes]]]:
+    def read(self, limit: int = 1 << 20) -> tuple[bool, Lines]:
         if len(self.waiting) < 1000:
             self.waiting.extend(super().read(limit)[1])
         if self.waiting and not self.first:
@@ -111,7 +114,6 @@ class Replay(Tail):
         return False, lines
 
 
-Place = tuple[int, int]  # offset and length of a line
 UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError)  # a line
 STAMP = re.compile(rb'"ts":\s*([\d.]+)')
 KIND = re.compile(rb'\{"e":\s*"(denoise|sample|group)"')
@@ -129,37 +131,14 @@ def number(value: object) -> float:
     return math.nan if value is None else float(value)
 
 
-class Series:
-    """One metric over iterations; logging an iteration again replaces it and what came after."""
-
-    def __init__(self):
-        self.its, self.values = array("q"), array("d")
-
-    def add(self, it: int, value: float) -> None:
-        self.cut(it)
-        self.its.append(it)
-        self.values.append(value)
-
-    def at(self, it: int) -> float | None:
-        i = bisect_left(self.its, it)
-        return self.values[i] if i < len(self.its) and self.its[i] == it else None
-
-    def cut(self, it: int) -> None:
-        """Forget iteration `it` and later."""
-        if self.its and self.its[-1] >= it:
-            at = bisect_left(self.its, it)
-            del self.its[at:], self.values[at:]
-
-
 @dataclass
 class Run:
     """What the events of a log add up to. `feed` depends on the lines alone: no clock, no files."""
 
     meta: dict = field(default_factory=dict)
-    series: dict[str, Series] = field(default_factory=dict)
+    series: dict[str, dict[int, float]] = field(default_factory=dict)  # metric -> it -> value
     entropy: dict[int, array] = field(default_factory=dict)  # it -> mean entropy of each step
-    chosen: dict[int, list[int]] = field(default_factory=dict)  # it -> samples that selected a step
-    rows: dict[int, int] = field(default_factory=dict)  # it -> samples in that iteration
+    share: dict[int, list[float]] = field(default_factory=dict)  # it -> of the samples, by step
     evals: dict[int, dict] = field(default_factory=dict)
     samples: dict[int, dict[int, Place]] = field(default_factory=dict)  # it -> row -> where it is
     groups: dict[int, dict[int, Place]] = field(default_factory=dict)  # it -> prompt -> where
@@ -167,10 +146,11 @@ class Run:
     rollout: list[bytes] = field(default_factory=list)  # `denoise` lines since the last `step`
     phase: str = ""
     it: int = 0  # the iteration being worked on
+    done: int = 0  # updates made
     ckpt: dict = field(default_factory=dict)
     end: dict | None = None
     recent: deque = field(default_factory=lambda: deque(maxlen=50))  # the last good lines
-    updates: int = 0  # `step` and `eval` events seen: changes when a chart does
+    edition: int = 0  # changes whenever a chart does
     lines: int = 0
     bad: int = 0
     newer: bool = False
@@ -195,63 +175,68 @@ class Run:
             self.bad += 1
 
     def apply(self, event: dict) -> None:
-        kind, it = event["e"], int(event.get("it") or 0)
+        it = int(event.get("it") or 0)
         if not 0 <= it < 1 << 53:
             raise ValueError(f"iteration {it}")
-        if kind == "meta":
-            self.newer |= event.get("v", SCHEMA) > SCHEMA
-            self.rewind(int(event.get("resume") or 0))
-            self.meta, self.end = event, None
-        elif kind == "phase":
-            self.phase, self.it = str(event["name"]), it
-        elif kind == "step":
-            metrics = {name: number(value) for name, value in event["m"].items()}
-            entropy = array("f", map(number, event.get("ent") or []))
-            chosen, rows = [int(n) for n in event.get("sel") or []], int(event.get("n") or 0)
-            for name, value in metrics.items():
-                series = self.series.setdefault(name, Series())
-                before = series.values[-1] if series.values else 0.0
-                if math.isfinite(before) and not math.isfinite(value):
-                    self.alerts.append((it, "error", f"{name} is {value}"))
-                series.add(it, value)
-            self.updates += 1
-            if entropy:
-                self.entropy[it], self.chosen[it], self.rows[it] = entropy, chosen, rows
-            self.it = it
-            self.rollout.clear()
-        elif kind == "eval":
-            values = {name: number(value) for name, value in event["m"].items()}
-            values.setdefault("accuracy", values.get("acc", math.nan))
-            self.evals[it] = values | {"n": event.get("n"), "split": event.get("split", "")}
-            self.updates += 1
-        elif kind == "ckpt":
-            self.ckpt = event
-        elif kind == "alert":
-            self.alerts.append((it, str(event.get("level", "warn")), str(event["msg"])))
-        elif kind == "end":
-            self.end = event
+        match event["e"]:
+            case "meta":
+                self.newer |= event.get("v", SCHEMA) > SCHEMA
+                self.rewind(int(event.get("resume") or 0))
+                self.meta, self.end = event, None
+            case "phase":
+                self.phase, self.it = str(event["name"]), it
+            case "step":
+                metrics = {name: number(value) for name, value in event["m"].items()}
+                entropy = array("f", map(number, event.get("ent") or []))
+                chosen = [int(n) for n in event.get("sel") or []]
+                rows = int(event.get("n") or max(chosen, default=0)) or 1
+                for name, value in metrics.items():
+                    if not math.isfinite(value) and math.isfinite(self.latest(name) or 0.0):
+                        self.alerts.append((it, "error", f"{name} is {value}"))
+                    self.series.setdefault(name, {})[it] = value
+                if entropy:
+                    self.entropy[it], self.share[it] = entropy, [n / rows for n in chosen]
+                self.it, self.done, self.edition = it, it + 1, self.edition + 1
+                self.rollout.clear()
+            case "eval":
+                values = {name: number(value) for name, value in event["m"].items()}
+                told = {"n": event.get("n"), "split": event.get("split", "")}
+                self.evals[it] = {"accuracy": math.nan} | values | told
+                self.edition += 1
+            case "ckpt":
+                self.ckpt = event
+            case "alert":
+                self.alerts.append((it, str(event.get("level", "warn")), str(event["msg"])))
+                self.edition += 1
+            case "end":
+                self.end = event
 
     def rewind(self, it: int) -> None:
         """The run starts again at `it`: what was logged from there on is void."""
-        for series in self.series.values():
-            series.cut(it)
-        for record in (self.entropy, self.chosen, self.rows, self.samples, self.groups):
+        records = self.entropy, self.share, self.samples, self.groups, *self.series.values()
+        for record in records:
             for key in [key for key in record if key >= it]:
                 del record[key]
+        self.series = {name: values for name, values in self.series.items() if values}
         self.evals = {at: e for at, e in self.evals.items() if at <= it}  # of the weights at `it`
         self.alerts = [alert for alert in self.alerts if alert[0] < it]
         self.rollout.clear()
+        self.done, self.edition = min(self.done, it), self.edition + 1
 
     def size(self, name: str) -> int:
-        """T, K, C, block, G, N or iters, from wherever the trainer wrote it."""
+        """T, K, C, block, G, N or iters, from wherever the trainer wrote it; 0 if it did not."""
         cfg = self.meta.get("cfg")
         both = self.meta | (cfg if isinstance(cfg, dict) else {})
         value = both.get(name) or both.get({"C": "L", "iters": "steps"}.get(name, name))
         return value if isinstance(value, int) and 0 < value < 10**6 else 0
 
     def latest(self, name: str) -> float | None:
-        series = self.series.get(name)
-        return series.values[-1] if series and series.values else None
+        return next(reversed(self.series.get(name, {}).values()), None)
+
+    def seconds(self) -> dict[str, float]:
+        """How long the phases of the last step took."""
+        names = [name for name in self.series if name.startswith("t/") and name != "t/total"]
+        return {name[2:]: self.latest(name) for name in names}
 
     @property
     def block_steps(self) -> int:
@@ -260,29 +245,28 @@ class Run:
         return self.size("T") * self.size("block") // C if C else 0
 
     @property
-    def done(self) -> int:
-        """Updates made."""
-        return max((s.its[-1] for s in self.series.values() if s.its), default=-1) + 1
+    def score(self) -> float | None:
+        """Accuracy of the last evaluation."""
+        return self.evals[max(self.evals)]["accuracy"] if self.evals else None
 
     def live(self) -> Sample | None:
         """The rollout in progress as far as it was logged; None between rollouts."""
         sample, C, T = None, self.size("C"), self.size("T")
         for line in self.rollout:
-            try:
+            with contextlib.suppress(*UNUSABLE):
                 event = json.loads(line)
                 it, t0, b = int(event["it"]), int(event["t0"]), int(event.get("b", 0))
                 H, revealed = [number(h) for h in event["H"]], event.get("rv") or []
                 if not 0 <= t0 < max(1, T):
                     continue
                 if sample is None or (sample.it, sample.g) != (it, b):  # g holds the batch here
-                    sample = Sample(it=it, s=int(event.get("s", 0)), g=b, live=True, ent=[], T=T,
+                    sample = Sample(it=it, s=int(event.get("s", 0)), g=b, live=True, T=T,
                                     tok=[""] * C, rev=[T] * C, tent=[0] * C)
+                sample.prompt = str(event.get("prompt") or sample.prompt)
                 sample.ent += [math.nan] * (t0 - len(sample.ent)) + H
                 for k, (i, token, entropy) in enumerate(revealed):
                     sample.tok[i], sample.tent[i] = str(token), round(50 * number(entropy))
                     sample.rev[i] = t0 + k * len(H) // len(revealed)
-            except UNUSABLE:
-                continue
         return sample
 
 
@@ -313,35 +297,41 @@ class Sample:
     live: bool = False
 
     @classmethod
-    def parse(cls, line: bytes, T: int = 0) -> Sample:
+    def parse(cls, line: bytes) -> Sample:
         """The trajectory in a sample event; raises one of UNUSABLE for what is none."""
         event = {name: value for name, value in json.loads(line).items() if value is not None}
         sample = cls(*(int(event.get(name, 0)) for name in ("it", "s", "p", "g")))
-        sample.prompt, sample.len = str(event.get("prompt", "")), int(event.get("len", 0))
+        sample.prompt = str(event.get("prompt", ""))
         sample.tok = ["" if token is None else str(token) for token in event["tok"]]
         for name in ("tent", "ent", "srw", "adv", "ratio"):
             setattr(sample, name, [number(value) for value in event.get(name, [])])
-        sample.T = len(sample.ent) or T or 1
-        n, never = len(sample.tok), [sample.T] * len(sample.tok)
-        sample.rev = ([int(when) for when in event["rev"]] + never)[:n]
+        when, n = [int(t) for t in event["rev"]], len(sample.tok)
+        sample.T = len(sample.ent) or max(when, default=0) + 1
+        sample.rev = (when + [sample.T] * n)[:n]
         sample.tent = (sample.tent + [0.0] * n)[:n]
         sample.sel = [int(t) for t in event.get("sel", [])]
         sample.x0 = [[str(token) for token in guess] for guess in event.get("x0", [])]
         sample.edit = [(int(t), int(i), token) for t, i, token in event.get("edit", [])]
-        parts = event.get("rw", {})
-        parts = parts if isinstance(parts, dict) else {"reward": parts}
-        sample.rw = {name: number(value) for name, value in parts.items()}
-        known = {**sample.rw, **{k: number(event[k]) for k in ("reward", "ok") if k in event}}
-        sample.reward = known.get("reward", known.get("total", sum(sample.rw.values())))
-        told = [known[name] for name in ("ok", "correct", "solved", "passed") if name in known]
-        sample.ok = told[0] >= 1 if told else None
-        sample.len = sample.len or sample.decoded
+        sample.rw = {name: number(value) for name, value in event.get("rw", {}).items()}
+        sample.reward = sample.rw.get("reward", sum(sample.rw.values()))
+        right = event.get("ok", sample.rw.get("correct", sample.rw.get("solved")))
+        sample.ok = None if right is None else right >= 1
+        sample.len = int(event.get("len", 0)) or sample.decoded
         return sample
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps so far."""
+        return len(self.ent) if self.live else self.T
 
     @property
     def decoded(self) -> int:
         """Positions that were decoded at all."""
-        return sum(t < self.T for t in self.rev)
+        return sum(map(self.reached, range(len(self.rev))))
+
+    def reached(self, i: int) -> bool:
+        """Whether position i is decoded in some step, this far or later."""
+        return self.live or self.rev[i] < self.T
 
     def at(self, t: int) -> list[str | None]:
         """The state after step t: a token or None (masked) for each position."""
@@ -350,6 +340,11 @@ class Sample:
             if when <= t and 0 <= i < len(state):
                 state[i] = token
         return state
+
+    def guess(self, t: int) -> Sequence[str]:
+        """The one-step completion that was scored at step t, if t was selected."""
+        k = self.sel.index(t) if t in self.sel else len(self.x0)
+        return self.x0[k] if k < len(self.x0) else ()
 
 
 def parse_group(line: bytes) -> list[tuple[str, float]]:
@@ -363,12 +358,15 @@ class Log:
 
     def __init__(self, path: Path, speed: float = 0.0, patience: int = 20,
                  clock: Callable[[], float] = time.time):
-        self.path, self.run, self.replayed = path, Run(), speed > 0
+        self.path, self.replayed = path, speed > 0
         self.tail = Replay(path, speed) if speed else Tail(path, patience)
         self.clock = self.tail.now if speed else clock
-        self.parsed: dict[tuple, Sample | None] = {}  # by place in the file
-        self.briefs: dict[tuple, tuple[float, int, str]] = {}
-        self.pictures: dict[tuple, list] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        self.run, self.event = Run(), lru_cache(64)(self.read)
+        self.briefs: dict[Place, tuple[float, int, str]] = {}
+        self.pictures: dict[str, tuple[tuple, list]] = {}
 
     @property
     def name(self) -> str:
@@ -380,36 +378,27 @@ class Log:
         while True:
             again, lines = self.tail.read()
             if again:
-                self.run, self.parsed, self.briefs, self.pictures = Run(), {}, {}, {}
+                self.forget()
             for offset, line in lines:
                 self.run.feed(line, offset)
             if not lines or time.monotonic() > until:
                 return bool(lines)
 
-    def once(self, make: Callable[[], list], *key: object) -> list:
-        """make(), or what it returned for the same key before: for what is slow to draw."""
-        if key not in self.pictures:
-            if len(self.pictures) > 16:
-                self.pictures.clear()
-            self.pictures[key] = make()
-        return self.pictures[key]
+    def once(self, name: str, key: tuple, make: Callable[[], list]) -> list:
+        """make(), or what it made last time if the key is the same: for what is slow to draw."""
+        if name not in self.pictures or self.pictures[name][0] != key:
+            self.pictures[name] = key, make()
+        return self.pictures[name][1]
 
-    def event(self, place: tuple[int, int] | None, parse: Callable) -> object:
-        """What `parse` makes of a line of the file, read now; None if there is no such event."""
-        if place and place not in self.parsed:
-            if len(self.parsed) > 64:
-                self.parsed.clear()
-            try:
-                with open(self.path, "rb") as file:
-                    self.parsed[place] = parse(os.pread(file.fileno(), place[1], place[0]))
-            except (OSError, *UNUSABLE):
-                self.parsed[place] = None
-        return self.parsed[place] if place else None
+    def read(self, place: Place | None, parse: Callable[[bytes], object]) -> object:
+        """What `parse` makes of a line of the file; None if there is no such event."""
+        with contextlib.suppress(OSError, *UNUSABLE), open(self.path, "rb") as file:
+            file.seek(place[0])
+            return parse(file.read(place[1]))
 
     def sample(self, it: int, s: int) -> Sample | None:
         """The trajectory of row s of an iteration."""
-        T = self.run.size("T")
-        return self.event(self.run.samples.get(it, {}).get(s), lambda line: Sample.parse(line, T))
+        return self.event(self.run.samples.get(it, {}).get(s), Sample.parse)
 
     def group(self, sample: Sample) -> list[Sample]:
         """All that is known of the samples that share a sample's prompt; of some only the text."""
@@ -431,42 +420,36 @@ class Log:
 
     def status(self) -> tuple[str, float]:
         """(one of STATUS; seconds since the last event)."""
-        run, here = self.run, (os.uname().nodename, boot_id())
+        run, meta = self.run, self.run.meta
         if not run.recent:
             return "waiting", 0.0
         age = max(0.0, self.clock() - stamp(run.recent[-1]))
         if run.end:
             return str(run.end.get("status", "finished")), age
-        local = not self.replayed and (run.meta.get("host"), run.meta.get("boot")) == here
-        if local and not alive(run.meta.get("pid")):
-            return "crashed", age
-        seconds = run.series.get("t/total", Series()).values[-50:]
+        if not self.replayed and [meta.get("host"), meta.get("boot")] == this_machine():
+            try:
+                os.kill(int(meta.get("pid")), 0)
+            except ProcessLookupError:
+                return "crashed", age
+            except (PermissionError, *UNUSABLE):
+                pass  # it runs, or there is no telling
+        seconds = list(run.series.get("t/total", {}).values())[-50:]
         usual = statistics.median(seconds) if seconds else 0.0
         return ("dead" if age > 600 else "quiet" if age > max(60, 4 * usual) else "live"), age
 
 
-@lru_cache(1)
-def boot_id() -> str:
+def this_machine() -> list[str]:
+    """Its name, and an id of the time since it was started."""
     path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else ""
-
-
-def alive(pid: object) -> bool:
-    """Whether a process of this machine runs; True if there is no telling."""
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, TypeError, ValueError):
-        return True
-    return True
+    return [os.uname().nodename, path.read_text().strip() if path.exists() else ""]
 
 
 # ==== draw ========================================================================================
-# A row is a list of (text, style); a style is "[bold] [italic] #rrggbb [on #rrggbb]" or "". Every
-# function takes the width and height it has, in cells, and what it returns fills them.
+# A row is a list of (text, style); a style is "[bold] [italic] #rrggbb [on #rrggbb]" or "". What
+# draws takes the width and height it has, in cells, and the rows it returns fill them.
 
 Row = list[tuple[str, str]]
+Draw = Callable[[int, int], list[Row]]
 
 PALETTES = {
     "viridis": "440154 482475 414487 355f8d 2a788e 21918c 22a884 44bf70 7ad151 bddf26 fde725",
@@ -486,8 +469,9 @@ UNICODE = "▁▂▃▄▅▆▇█ ╭ ─ ╮ │ ╰ ╯ ▲ △ ◆ × · �
 ASCII = "..::||## + - + | + + ^ ~ o x . : + - | = - > # @ | \\ $"
 GLYPHS = {kind: dict(zip(NAMES.split(), glyphs.split())) for kind, glyphs in
           (("braille", UNICODE), ("block", UNICODE), ("ascii", ASCII))}
-STATUS = {"live": "●*teal", "finished": "■#teal", "stopped": "▪#sky", "quiet": "◌oorange",
-          "dead": "✖xorange", "crashed": "✖xorange", "waiting": "○odim"}
+STATUS = {"live": ("●", "*", "teal"), "finished": ("■", "#", "teal"), "stopped": ("▪", "#", "sky"),
+          "quiet": ("◌", "o", "orange"), "dead": ("✖", "x", "orange"),
+          "crashed": ("✖", "x", "orange"), "waiting": ("○", "o", "dim")}
 GOING = ("live", "quiet")
 
 
@@ -515,10 +499,10 @@ class Look:
     light: bool = False
 
     def __getattr__(self, name: str) -> str:
-        try:
-            return (LIGHT if self.light else DARK)[name]
-        except KeyError:
-            raise AttributeError(name) from None
+        colours = LIGHT if self.light else DARK
+        if name not in colours:
+            raise AttributeError(name)
+        return colours[name]
 
     def __call__(self, name: str) -> str:
         return GLYPHS[self.glyphs][name]
@@ -532,7 +516,8 @@ class Look:
         """The same for text: only the part of the palette that can be read."""
         return self.heat(x, floor=0.55 if self.light else 0.45)
 
-    def line_colours(self) -> tuple[str, ...]:
+    @property
+    def lines(self) -> tuple[str, ...]:
         return self.sky, self.orange, self.teal, self.dim, self.fg, self.mark
 
 
@@ -545,20 +530,9 @@ def cells(row: Row) -> int:
 
 def fit(row: Row, width: int) -> Row:
     """Exactly `width` cells, cut (never through a wide character) or padded; like styles joined."""
-    out: Row = []
-    for text, style in row:
-        if out and out[-1][1] == style:
-            out[-1] = (out[-1][0] + text, style)
-        elif text:
-            out.append((text, style))
-    over = cells(out) - width
-    while over > 0:
-        text, style = out.pop()
-        keep = max(0, cell_len(text) - over)
-        over -= cell_len(text) - keep
-        if keep:
-            out.append((set_cell_size(text, keep), style))
-    return out + [(" " * -over, "")] if over < 0 else out
+    runs = [Segment("".join(text for text, _ in run), style)
+            for style, run in itertools.groupby(row, key=lambda part: part[1])]
+    return [part[:2] for part in Segment.adjust_line_length(runs, width, "")]
 
 
 def block(rows: Iterable[Row], width: int, height: int) -> list[Row]:
@@ -567,7 +541,19 @@ def block(rows: Iterable[Row], width: int, height: int) -> list[Row]:
     return [fit(row, width) for row in rows + [[]] * (height - len(rows))]
 
 
-def beside(*blocks: list[Row]) -> list[Row]:
+def centred(rows: list[Row], focus: int, width: int, height: int) -> list[Row]:
+    """The same of more rows than fit, with row `focus` in sight."""
+    return block(rows[max(0, min(focus - height // 2, len(rows) - height)) :], width, height)
+
+
+def divide(total: int, *weights: int) -> list[int]:
+    """`total` cells in parts of these weights."""
+    ends = [total * end // sum(weights) for end in itertools.accumulate(weights)]
+    return [end - start for start, end in zip([0, *ends], ends)]
+
+
+def beside(height: int, widths: Iterable[int], *draws: Draw) -> list[Row]:
+    blocks = [block(draw(w, height), w, height) for w, draw in zip(widths, draws)]
     return [sum(rows, []) for rows in zip(*blocks)]
 
 
@@ -581,27 +567,31 @@ def labelled(labels: Iterable[tuple[int, str]], width: int) -> str:
     return "".join(line)[:width]
 
 
-def panel(title: str, draw: Callable[[int, int], list[Row]] | str, width: int, height: int,
-          look: Look, right: str = "", foot: str = "", hot: bool = False) -> list[Row]:
-    """A box around draw(width, height) or a line of text; no box where there is no room for it."""
-    if isinstance(draw, str):
-        words, draw = draw, lambda w, h: [[(words, look.dim)]]
-    if width < 24 or height < 4:
-        return block(draw(width, height), width, height)
+def say(text: str, look: Look) -> Draw:
+    return lambda width, height: [[(text, look.dim)]]
+
+
+def panel(title: str, draw: Draw, look: Look, right: str = "", foot: str = "",
+          hot: bool = False) -> Draw:
+    """A box around what draws; no box where there is no room for it."""
     line, name = (look.sky, f"bold {look.fg}") if hot else (look.line, look.dim)
 
-    def border(start: str, title: str, note: str, stop: str) -> Row:
+    def border(width: int, start: str, title: str, note: str, stop: str) -> Row:
         title = f" {set_cell_size(title, min(cell_len(title), width - 6))} " if title else ""
         note = f" {note} " if note and cell_len(title) + cell_len(note) < width - 8 else ""
         fill = look("h") * (width - 4 - cell_len(title) - cell_len(note))
-        return [(start + look("h"), line), (title, name), (fill, line), (note, look.dim),
-                (look("h") + stop, line)]
+        return [(look(start) + look("h"), line), (title, name), (fill, line), (note, look.dim),
+                (look("h") + look(stop), line)]
 
-    side = look("v")
-    inner = block(draw(width - 4, height - 2), width - 4, height - 2)
-    return [border(look("tl"), title, right, look("tr")),
-            *[[(side + " ", line), *row, (" " + side, line)] for row in inner],
-            border(look("bl"), "", foot, look("br"))]
+    def boxed(width: int, height: int) -> list[Row]:
+        if width < 24 or height < 4:
+            return block(draw(width, height), width, height)
+        rows, side = block(draw(width - 4, height - 2), width - 4, height - 2), look("v")
+        return [border(width, "tl", title, right, "tr"),
+                *[[(side + " ", line), *row, (" " + side, line)] for row in rows],
+                border(width, "bl", "", foot, "br")]
+
+    return boxed
 
 
 def num(value: float | None) -> str:
@@ -665,14 +655,15 @@ def slots(n: int, width: int) -> tuple[int, list[range]]:
 BARS_LEFT = 7  # cells for the axis of `strip`
 
 
-def step_labels(columns: list[range], left: int, pitch: int, every: int,
-                cursor: int | None = None) -> list[tuple[int, str]]:
-    """(x, label) under the denoising steps, the most important first."""
+def step_axis(columns: list[range], left: int, pitch: int, every: int, width: int, look: Look,
+              cursor: int | None = None) -> Row:
+    """The denoising steps under their columns; the cursor's for sure, then the ends."""
     every = 1 if pitch >= 3 else every or max(1, columns[-1][-1] // 8)
     marks = [(c, i) for c, steps in enumerate(columns) for i in steps if i % every == 0]
     marks.insert(1, (len(columns) - 1, columns[-1][-1]))
     marks = [(c, cursor) for c, steps in enumerate(columns) if cursor in steps] + marks
-    return [(left + c * pitch + max(0, pitch - 1 - len(str(i))) // 2, str(i)) for c, i in marks]
+    labels = [(left + c * pitch + max(0, pitch - 1 - len(str(i))) // 2, str(i)) for c, i in marks]
+    return [(labelled(labels, width), look.dim)]
 
 
 def strip(entropy: Sequence[float], T: int, width: int, height: int, look: Look, *, K: int = 0,
@@ -687,36 +678,25 @@ def strip(entropy: Sequence[float], T: int, width: int, height: int, look: Look,
     bars, high = max(1, height - 2), nice(0, max(finite(entropy), default=1), 4)[1]
     pitch, columns = slots(max(1, T), width - left)
     wide = pitch - (pitch > 2)  # a gap between bars that are wide enough
-    heights, colours, feet = [], [], []
+    scale = {0: num(high)[-5:], bars - 1: "0"} if bars > 1 else {0: num(high)[-5:]}
+    rows: list[Row] = [[(f"{scale.get(r, ''):>{left - 2}}  ", look.dim)] if left else []
+                       for r in range(bars)]
+    marks: Row = [(f"{f'K={K}' if K else '':<{left}}", look.mark)] if left else []
     for steps in columns:
-        seen = [entropy[i] for i in steps if i < len(entropy)]
-        value = max(finite(seen), default=math.nan)
-        heights.append(max(1, round(value / high * bars * 8)) if value == value else 0)
-        colours.append(look.heat(value / high, 0.12) + (f" on {look.line}" if t in steps else ""))
-        feet.append((look("bad"), look.orange) if math.inf in seen else (look("dot"), look.mask))
-    rows: list[Row] = []
-    for r in range(bars):
-        label = num(high)[-5:] if r == 0 else "0" if r == bars - 1 else ""
-        below = 8 * (bars - 1 - r)
-        row = [(f"{label:>{left - 2}}  ", look.dim)] if left else []
-        for size, colour, foot in zip(heights, colours, feet):
-            glyph = look("bars")[min(8, size - below) - 1] if size > below else " "
-            if not size and r == bars - 1:  # no sample was, or is yet, at this step
-                glyph, colour = foot
-            row += [(glyph * wide, colour), (" " * (pitch - wide), "")]
-        rows.append(row)
-    row = [(f"{f'K={K}' if K else '':<{left}}", look.mark)] if left else []
-    for steps in columns:
+        value = max(finite(entropy[i] for i in steps if i < len(entropy)), default=None)
+        size = 0 if value is None else max(1, round(value / high * bars * 8))
+        colour = look.heat((value or 0) / high, 0.12) + (f" on {look.line}" if t in steps else "")
+        for r, row in enumerate(rows):
+            part = min(8, size - 8 * (bars - 1 - r))  # of this cell, in eighths
+            row.append((f"{look('bars')[part - 1] * wide if part > 0 else '':<{pitch}}", colour))
+        if value is None:  # no sample was, or is yet, at this step
+            rows[-1][-1] = f"{look('dot') * wide:<{pitch}}", look.mask
         part = max((share[i] for i in steps if i < len(share)), default=0.0)
         part = part or float(any(i in sel for i in steps))
-        glyph = look("maybe" if maybe else "sel") if part > 0 else " "
-        colour = mix(look.bg, look.mark, 0.2 + 0.8 * part)
-        row.append((f"{glyph:^{wide}}{'':{pitch - wide}}", colour))
-    labels = step_labels(columns, left, pitch, every, t)
-    axis, here = labelled(labels, width), labels[0][1] if t is not None and 0 <= t < T else ""
-    x = min(labels[0][0], width - len(here)) if here else 0
-    foot = [(axis[:x], look.dim), (here, f"bold {look.fg}"), (axis[x + len(here) :], look.dim)]
-    return block([*rows, row, foot], width, height)
+        glyph = look("maybe" if maybe else "sel") if part > 0 else ""
+        marks.append((f"{glyph:^{wide}}".ljust(pitch), mix(look.bg, look.mark, 0.2 + 0.8 * part)))
+    axis = step_axis(columns, left, pitch, every, width, look, t)
+    return block([*rows, marks, axis], width, height)
 
 
 def spark(values: Sequence[float], width: int, look: Look) -> Row:
@@ -745,45 +725,37 @@ class Curve:
     faint: bool = False
 
 
-DOTS = {"braille": (2, 4), "block": (2, 2), "ascii": (1, 1)}  # across and down in a cell
-BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-QUADRANT = " ▘▝▀▖▌▞▛▗▚▐▜▄▙▟█"
+DOTS = {  # the bit of each dot of a character, and the characters
+    "braille": (((1, 8), (2, 16), (4, 32), (64, 128)),
+                " " + "".join(map(chr, range(0x2801, 0x2900)))),
+    "block": (((1, 2), (4, 8)), " ▘▝▀▖▌▞▛▗▚▐▜▄▙▟█"),
+    "ascii": (((1,),), " *"),
+}
 
 
 class Canvas:
     """A grid of dots, several to a character."""
 
     def __init__(self, width: int, height: int, look: Look):
-        self.look, (self.dx, self.dy) = look, DOTS[look.glyphs]
+        self.table, self.glyphs = DOTS[look.glyphs]
+        self.dx, self.dy = len(self.table[0]), len(self.table)
         self.width, self.height = width, height
         self.bits: dict[tuple[int, int], tuple[int, str]] = {}
         self.marks: dict[tuple[int, int], tuple[str, str]] = {}  # characters over the dots
 
     def dot(self, x: int, y: int, colour: str) -> None:
-        place = x // self.dx, y // self.dy
-        bit = BRAILLE[y % 4][x % 2] if self.dy == 4 else 1 << (y % self.dy * 2 + x % self.dx)
+        place, bit = (x // self.dx, y // self.dy), self.table[y % self.dy][x % self.dx]
         self.bits[place] = self.bits.get(place, (0, ""))[0] | bit, colour
 
-    def join(self, points: Sequence[tuple[int, int]], colour: str) -> None:
-        """A line through points, left to right."""
-        x0, y0 = points[0]
-        self.dot(x0, y0, colour)
-        for x1, y1 in points[1:]:
-            before = y0
-            for x in range(x0 + 1, x1 + 1):
-                y = round(y0 + (y1 - y0) * (x - x0) / (x1 - x0))
-                for between in range(min(before + 1, y), max(before - 1, y) + 1):
-                    self.dot(x, between, colour)
-                before = y
-            x0, y0 = x1, y1
+    def line(self, points: Sequence[tuple[int, int]], colour: str) -> None:
+        for (x0, y0), (x1, y1) in zip(points, points[1:] or points):
+            n = max(abs(x1 - x0), abs(y1 - y0), 1)
+            for i in range(n + 1):
+                self.dot(x0 + round((x1 - x0) * i / n), y0 + round((y1 - y0) * i / n), colour)
 
-    def row(self, y: int) -> Row:
-        row: Row = []
-        for x in range(self.width):
-            bits, colour = self.bits.get((x, y), (0, ""))
-            glyph = " " if not bits else chr(0x2800 + bits) if self.dy == 4 else "*"
-            row.append(self.marks.get((x, y), (QUADRANT[bits] if self.dy == 2 else glyph, colour)))
-        return row
+    def cell(self, x: int, y: int) -> tuple[str, str]:
+        bits, colour = self.bits.get((x, y), (0, ""))
+        return self.marks.get((x, y), (self.glyphs[bits], colour))
 
 
 def chart(curves: Sequence[Curve], width: int, height: int, look: Look, *, log: bool = False,
@@ -820,18 +792,19 @@ def chart(curves: Sequence[Curve], width: int, height: int, look: Look, *, log: 
             elif not log:
                 canvas.marks[across(it) // canvas.dx, h - 1] = look("bad"), f"bold {look.orange}"
         if curve.faint:
-            for x, values in columns.items():
-                for value in values:
-                    canvas.dot(x, down(value), mix(look.bg, curve.colour, 0.35))
-        elif columns:
-            canvas.join([(x, down(statistics.fmean(v))) for x, v in columns.items()], curve.colour)
+            for x, value in ((x, value) for x in columns for value in columns[x]):
+                canvas.dot(x, down(value), mix(look.bg, curve.colour, 0.35))
+        else:
+            means = [(x, down(statistics.fmean(values))) for x, values in columns.items()]
+            canvas.line(means, curve.colour)
     for it, value in points:
         place = across(it) // canvas.dx, down(value) // canvas.dy
         canvas.marks[place] = look("eval"), f"bold {look.mark}"
     if cursor is not None and first <= cursor <= last:
         x = across(cursor) // canvas.dx
-        for y, row in enumerate(map(canvas.row, range(h))):
-            canvas.marks[x, y] = row[x][0], (row[x][1] or look.dim) + f" on {look.line}"
+        for y in range(h):
+            glyph, colour = canvas.cell(x, y)
+            canvas.marks[x, y] = glyph, f"{colour or look.dim} on {look.line}"
 
     digits = max(0, math.ceil(-math.log10(tick) - 1e-9) + (f"{tick:e}"[:3] == "2.5"))
     ticks = {}
@@ -848,7 +821,7 @@ def chart(curves: Sequence[Curve], width: int, height: int, look: Look, *, log: 
         rail = look("edge") if y in ticks else look("v")
         row = [(f"{ticks.get(y, ''):>{left - 1}}{rail}", look.dim)] if left else []
         name = [(" " + names[y].label, names[y].colour)] if right and y in names else []
-        rows.append(row + canvas.row(y) + name)
+        rows.append(row + [canvas.cell(x, y) for x in range(w)] + name)
     every = max(1, round(nice(0, max(1, last - first), max(1, w // 8))[2]))
     labels = [first, last, *range(first - first % every + every, last, every)]
     axis = labelled([(left + across(it) // canvas.dx - len(str(it)) // 2 * (it != first), str(it))
@@ -873,33 +846,29 @@ def carpet(data: Sequence[Sequence[float]], its: Sequence[int], width: int, heig
     if not T or width < left + 2 or height < 2:
         return block([[("no data yet", look.dim)]], width, height)
     pitch, columns = slots(T, width - left)
-    half = 1 if look.glyphs == "ascii" else 2
+    half = 1 if look.glyphs == "ascii" else 2  # iterations in a cell
     total, n = min((height - 1) * half, len(data) * 4 * half), len(data)
-    starts = [r * n // total for r in range(total + 1)]
-    groups = [range(start, max(start + 1, stop)) for start, stop in zip(starts, starts[1:])]
+    groups = [range(r * n // total, max(r * n // total + 1, (r + 1) * n // total))
+              for r in range(total)]
 
     def level(group: range, steps: range) -> float:
         values = finite(data[r][i] for r in group for i in steps if i < len(data[r]))
-        return sum(values) / len(values) / high if values else math.nan
+        return statistics.fmean(values) / high if values else math.nan
 
     levels = [[level(group, steps) for steps in columns] for group in groups]
     rows = []
     for y in range(0, total, half):
-        here = it is not None and any(it == its[r] for group in groups[y : y + half] for r in group)
-        label = str(it) if here else str(its[groups[y][0]]) if y // half % 3 == 0 else ""
+        here = any(it == its[r] for group in groups[y : y + half] for r in group)
+        label = it if here else its[groups[y][0]] if y // half % 3 == 0 else ""
         row = [(f"{look('here') if here else ' '}{label:>{left - 3}}  ",
                 f"bold {look.fg}" if here else look.dim)] if left else []
-        for c, top in enumerate(levels[y]):
-            bottom = levels[y + 1][c] if half == 2 and y + 1 < total else math.nan
-            over, under = (look.heat(x) if x == x else look.bg for x in (top, bottom))
-            if half == 2:
-                row.append(("▀" * pitch, f"{over} on {under}"))
-            else:
-                shade = " .:-=+*#%@"[round(9 * min(1, top))] if top == top else "x"
-                row.append((shade * pitch, look.ink(top)))
+        for pair in itertools.zip_longest(*levels[y : y + half], fillvalue=math.nan):
+            over, under = [look.heat(x) if x == x else look.bg for x in (*pair, math.nan)[:2]]
+            shade = " .:-=+*#%@"[round(9 * min(1, pair[0]))] if pair[0] == pair[0] else "x"
+            row.append(("▀" * pitch, f"{over} on {under}") if half == 2 else
+                       (shade * pitch, look.ink(pair[0])))
         rows.append(row)
-    axis = labelled(step_labels(columns, left, pitch, every), width)
-    return block(rows + [[(axis, look.dim)]], width, height)
+    return block(rows + [step_axis(columns, left, pitch, every, width, look)], width, height)
 
 
 # ---- a trajectory --------------------------------------------------------------------------------
@@ -919,7 +888,7 @@ def position(sample: Sample, i: int, token: str | None, t: int, look: Look, colo
     or a hatch as wide as what will be there; nothing where the row had ended before."""
     if token is not None:
         return clean(token, look), token_style(sample, i, t, look, colour)
-    if sample.rev[i] >= sample.T and not sample.live:
+    if not sample.reached(i):
         return "", ""
     if i < len(guess):
         return clean(guess[i], look), f"italic {look.sky} on {look.veil}"
@@ -949,8 +918,7 @@ def prose(sample: Sample, t: int, width: int, height: int, look: Look, colour: s
             x += size
         if token is not None and sample.rev[i] == t:
             focus = len(rows) - 1
-    top = max(0, min(focus - height // 2, len(rows) - height))  # keep what is new in sight
-    return block(rows[top:], width, height)
+    return centred(rows, focus, width, height)
 
 
 def mosaic(sample: Sample, t: int, width: int, height: int, look: Look, size: int,
@@ -959,22 +927,18 @@ def mosaic(sample: Sample, t: int, width: int, height: int, look: Look, size: in
     left = 5 if width > 20 else 0
     size = max(1, min(size or 32, width - left))
     pitch = max(1, min(3, (width - left) // size))
-    rows, state = [], sample.at(t)
-    for start in range(0, len(state), size):
-        rows.append([(f"{start:>{left - 2}}  ", look.dim)] if left else [])
-        for i in range(start, min(start + size, len(state))):
-            glyph, style = look("full") * pitch, token_style(sample, i, -1, look, colour)
-            if state[i] is None:
-                never = sample.rev[i] >= sample.T and not sample.live
-                glyph, style = (" " if never else look("dot")) * pitch, look.mask
-            elif sample.rev[i] == t:
-                glyph, style = f"{look('new'):^{pitch}}", f"bold {look.mark}"
-            rows[-1].append((glyph, style))
-    focus = next((i for i, when in enumerate(sample.rev) if when == t), 0) // size
-    return block(rows[max(0, min(focus - height // 2, len(rows) - height)) :], width, height)
-
-
-
+    rows: list[Row] = []
+    for i, token in enumerate(sample.at(t)):
+        if i % size == 0:
+            rows.append([(f"{i:>{left - 2}}  ", look.dim)] if left else [])
+        glyph, style = look("full") * pitch, token_style(sample, i, -1, look, colour)
+        if token is None:
+            glyph, style = (look("dot") if sample.reached(i) else " ") * pitch, look.mask
+        elif sample.rev[i] == t:
+            glyph, style = f"{look('new'):^{pitch}}", f"bold {look.mark}"
+        rows[-1].append((glyph, style))
+    focus = sample.rev.index(t) // size if t in sample.rev else 0
+    return centred(rows, focus, width, height)
 
 
 def token_widths(sample: Sample, look: Look) -> list[int]:
@@ -986,27 +950,25 @@ def film(sample: Sample, t: int, width: int, height: int, look: Look, colour: st
     """All steps of a short completion under one another: a row a step, a column a position."""
     widths, rows = token_widths(sample, look), []
     gap = " " * (sum(widths) + len(widths) + 44 <= width)
-    for when in range(len(sample.ent) if sample.live else sample.T):
-        k = sample.sel.index(when) if when in sample.sel else -1
+    for when in range(sample.steps):
         ground = f" on {look.line}" if when == t else ""
-        row = [(f"{when:>3} ", (f"bold {look.fg}" if when == t else look.dim) + ground),
-               (f"{look('sel') if k >= 0 else ' '} ", look.mark + ground)]
-        shown = sample.x0[k] if guess and 0 <= k < len(sample.x0) else ()
+        row = [(f"{when:>3} ", (f"bold {look.fg}" if ground else look.dim) + ground),
+               (f"{look('sel') if when in sample.sel else ' '} ", look.mark + ground)]
+        shown = sample.guess(when) if guess else ()
         for i, token in enumerate(sample.at(when)):
             body, style = position(sample, i, token, when, look, colour, shown)
             row += [(set_cell_size(body.replace("\n", look("nl")), widths[i]), style), (gap, "")]
-        rows.append(row + [("  ", "")] + credit(sample, k, look))
-    return block(rows[max(0, min(t - height // 2, len(rows) - height)) :], width, height)
+        rows.append(row + [("  ", "")] + credit(sample, when, look))
+    return centred(rows, t, width, height)
 
 
-def credit(sample: Sample, k: int, look: Look) -> Row:
-    """What training made of the k-th selected step."""
+def credit(sample: Sample, t: int, look: Look) -> Row:
+    """What training made of step t, if it selected it."""
     row: Row = []
     for name, values in (("adv", sample.adv), ("guess", sample.srw), ("ratio", sample.ratio)):
-        if 0 <= k < len(values):
-            value = round(values[k], 4) if math.isfinite(values[k]) else values[k]
-            sign = "+" if name == "adv" and value > 0 else ""
-            row += [(f" {name} ", look.dim), (f"{sign + num(value):<7}", f"bold {look.fg}")]
+        for value in [v for when, v in zip(sample.sel, values) if when == t][:1]:
+            text = ("+" if name == "adv" and value > 0 else "") + num(value)
+            row += [(f" {name} ", look.dim), (f"{text:<7}", f"bold {look.fg}")]
     return row
 
 
@@ -1018,9 +980,6 @@ CURATED = ("reward/mean", "reward/correct", "reward/solved", "kl", "clip_frac", 
 HEALTH = ("reward/mean", "kl", "clip_frac", "ratio/max", "grad_norm", "entropy/mean", "entropy/sel",
           "zero_adv_frac", "len/mean", "trunc_frac", "loss", "adv/abs", "t/total", "mem/peak_gb",
           "tok_s")
-SMOOTH = (0.0, 0.6, 0.8, 0.95)
-COLOURS = ("step", "entropy", "none")
-SORTS = ("newest", "reward", "length")
 
 
 @dataclass
@@ -1049,6 +1008,10 @@ class View:
     look: Look = Look()
 
 
+def nearest(keys: Iterable[int], wanted: int) -> int:
+    return min(keys, key=lambda key: (abs(key - wanted), key))
+
+
 def key_of(view: View, log: Log) -> tuple[int, int] | None:
     """(it, s) of the sample that is looked at: the nearest that was logged."""
     samples = log.run.samples
@@ -1056,10 +1019,6 @@ def key_of(view: View, log: Log) -> tuple[int, int] | None:
         return None
     it = max(samples) if view.it is None else nearest(samples, view.it)
     return it, nearest(samples[it], view.s)
-
-
-def nearest(keys: Iterable[int], wanted: int) -> int:
-    return min(keys, key=lambda key: (abs(key - wanted), key))
 
 
 def on_screen(view: View, log: Log) -> Sample | None:
@@ -1070,25 +1029,27 @@ def on_screen(view: View, log: Log) -> Sample | None:
 
 
 def step_of(view: View, sample: Sample) -> int:
-    last = (len(sample.ent) if sample.live else sample.T) - 1
+    last = sample.steps - 1
     return last if view.t is None or sample.live else max(-1, min(view.t, last))
+
+
+def bar(row: Row, width: int, look: Look) -> Row:
+    """A row on its own ground, at the top or at the bottom."""
+    return [(text, f"{style or look.fg} on {look.bar}") for text, style in fit(row, width)]
 
 
 def header(view: View, log: Log, width: int) -> Row:
     """State, name, progress and pace on one row; what does not fit goes, from the right."""
     run, look, (state, age) = log.run, view.look, log.status()
-    glyph, plain_glyph, *colour = STATUS.get(state, STATUS["finished"])
+    glyph, plain_glyph, colour = STATUS.get(state, STATUS["finished"])
     going, iters = state in GOING, run.size("iters")
-    seconds, left = run.latest("t/total"), run.latest("eta_s")
-    if left is None and seconds and iters:
-        left = (iters - run.done) * seconds
+    left = run.latest("eta_s")
     live = run.live() if going else None
-    phase = f"rollout {len(live.ent)}/{live.T}" if live and run.phase == "rollout" else run.phase
+    phase = f"rollout {live.steps}/{live.T}" if live and run.phase == "rollout" else run.phase
     sign = plain_glyph if look.glyphs == "ascii" else glyph
-    parts = [[(f" {sign} {state}", f"bold {getattr(look, ''.join(colour))}")],
+    parts = [[(f" {sign} {state}", f"bold {getattr(look, colour)}"),
+              (f" {span(age)} ago" if going and age >= 5 else "", look.dim)],
              [(log.name, f"bold {look.fg}")]]
-    if going and age >= 5:
-        parts[0].append((f" {span(age)} ago", look.dim))
     if iters:
         size = max(0, min(18, width // 6 - 4))
         full = round(size * min(1.0, run.done / iters))
@@ -1099,8 +1060,7 @@ def header(view: View, log: Log, width: int) -> Row:
     if going and phase:
         parts.append([(phase, look.mark)])
     if run.evals:
-        score = run.evals[max(run.evals)]["accuracy"]
-        parts.append([("eval ", look.dim), (f"{score:.1%}", look.fg)])
+        parts.append([("eval ", look.dim), (f"{run.score:.1%}", look.fg)])
     for name, unit in (("t/total", "s/it"), ("tok_s", "tok/s"), ("mem/peak_gb", "GB")):
         if name in run.series:
             parts.append([(f"{num(run.latest(name))} {unit}", look.dim)])
@@ -1111,7 +1071,7 @@ def header(view: View, log: Log, width: int) -> Row:
         if row and cells(row + part) + 2 > width:
             break
         row += [("  ", "")] * bool(row) + part
-    return [(text, f"{style or look.fg} on {look.bar}") for text, style in fit(row, width)]
+    return bar(row, width, look)
 
 
 HINTS = {0: "j/k run", 2: "up/down iteration", 4: "j/k row  s sort  / filter  enter open",
@@ -1122,83 +1082,95 @@ def footer(view: View, runs: int, width: int) -> Row:
     """What is being typed, or what there is to say, or the keys of this view as far as they fit."""
     look, row = view.look, []
     if view.typing or view.filter:
-        row = [(f" /{view.filter}", f"bold {look.fg}"),
-               ("_" if view.typing else "  esc clears", look.dim)]
-    elif view.note:
-        row = [(f" {view.note}", look.orange)]
-    else:
-        names = [f"{i} {name}" for i, name in enumerate(VIEWS, 1)]
-        names = names if width >= 90 else [f"1-6 {VIEWS[view.number - 1]}"]
-        several = 0 if runs > 1 and view.number == 1 else view.number
-        hints = HINTS.get(several, "h/l step  n chosen  space play  j/k sample  x guess")
-        always = [f"f follow {'on' if view.follow else 'off'}", "? help", "q quit"]
-        for hint in [*names, *hints.split("  "), *always]:
-            key, word = hint.split(" ", 1)
-            style = f"bold {look.fg}" if word == VIEWS[view.number - 1] else look.dim
-            part = [(f" {key} ", f"bold {look.orange}"), (f"{word} ", style)]
-            row += part if cells(row + part) <= width else []
-    return [(text, f"{style or look.fg} on {look.bar}") for text, style in fit(row, width)]
+        return bar([(f" /{view.filter}", f"bold {look.fg}"),
+                    ("_" if view.typing else "  esc clears", look.dim)], width, look)
+    if view.note:
+        return bar([(f" {view.note}", look.orange)], width, look)
+    names = [f"{i} {name}" for i, name in enumerate(VIEWS, 1)]
+    names = names if width >= 90 else [f"1-6 {VIEWS[view.number - 1]}"]
+    hints = HINTS.get(0 if runs > 1 and view.number == 1 else view.number,
+                      "h/l step  n chosen  space play  j/k sample  x guess")
+    always = [f"f follow {'on' if view.follow else 'off'}", "? help", "q quit"]
+    for hint in [*names, *hints.split("  "), *always]:
+        key, word = hint.split(" ", 1)
+        style = f"bold {look.fg}" if word == VIEWS[view.number - 1] else look.dim
+        part = [(f" {key} ", f"bold {look.orange}"), (f"{word} ", style)]
+        row += part if cells(row + part) <= width else []
+    return bar(row, width, look)
 
 
-def strip_panel(view: View, log: Log, sample: Sample | None, width: int, height: int) -> list[Row]:
+def strip_panel(view: View, log: Log, sample: Sample | None) -> Draw:
     """Entropy per step: of the rollout in progress, of one sample, or of an iteration's batch."""
-    run, look, sep = log.run, view.look, view.look("sep")
-    T, K, options = run.size("T"), run.size("K"), {}
+    run, look, K = log.run, view.look, log.run.size("K")
     if sample and sample.live:
-        entropy, t = sample.ent, len(sample.ent) - 1
+        entropy, t = sample.ent, sample.steps - 1
         known = [i for i in range(len(entropy)) if math.isfinite(entropy[i])]
-        options = dict(sel=sorted(known, key=lambda i: -entropy[i])[:K], maybe=True, t=t)
-        title = f"{sample.it}, {'rolling' if len(entropy) < sample.T else 'rolled'} out"
+        marks = dict(sel=sorted(known, key=lambda i: -entropy[i])[:K], maybe=True, t=t)
+        title = f"{sample.it}, {'rolling' if t + 1 < sample.T else 'rolled'} out"
         right = f"{look('maybe')} top {K} so far"
     elif sample and (view.number == 3 or not view.follow):
         entropy, K = sample.ent, len(sample.sel)
-        options = dict(sel=sample.sel, t=step_of(view, sample))
+        marks = dict(sel=sample.sel, t=step_of(view, sample))
         title, right = f"{sample.it}, sample {sample.s}", f"{look('sel')} gets the gradient"
     elif run.entropy:
         it = max(run.entropy) if view.it is None else nearest(run.entropy, view.it)
-        entropy, count = run.entropy[it], run.chosen[it]
-        n = run.rows[it] or max(count, default=1) or 1
-        options, K = dict(share=[c / n for c in count], t=view.t), K if any(count) else 0
-        title, right = f"{it}, mean of {n}", f"{look('sel')} chosen, strong: by many" if K else ""
+        entropy, K = run.entropy[it], K if any(run.share[it]) else 0
+        marks = dict(share=run.share[it], t=view.t)
+        title = f"{it}, mean of {run.size('N') or 'the batch'}"
+        right = f"{look('sel')} chosen, strong: by many" if K else ""
     else:
-        return panel("entropy", "waiting for the first rollout", width, height, look)
-    T = T or len(entropy)
+        return panel("entropy", say("waiting for the first rollout", look), look)
+    T = run.size("T") or len(entropy)
+    weights = marks.get("share", [float(i in marks.get("sel", ())) for i in range(T)])
+    total, kept = sum(finite(entropy)), sum(finite(a * b for a, b in zip(entropy, weights)))
+    facts = {"mean": f"{num(total / max(1, len(finite(entropy))))} nats", "chosen": f"{K} of {T}",
+             "entropy kept": f"{kept / total:.0%}" if total else "-"}
+    rows = [[(f"{name:>13}  ", look.dim), (value, f"bold {look.fg}")]
+            for name, value in facts.items()]
 
     def draw(w: int, h: int) -> list[Row]:
         room = w - BARS_LEFT - slots(T, w - BARS_LEFT)[0] * T  # beside the bars: their sum
         side = 26 if room >= 26 else 0
-        weights = options.get("share", [float(i in options.get("sel", ())) for i in range(T)])
-        total, kept = sum(finite(entropy)), sum(finite(a * b for a, b in zip(entropy, weights)))
-        mean = num(total / max(1, len(finite(entropy))))
-        facts = {"mean": f"{mean} nats", "chosen": f"{K} of {T}",
-                 "entropy kept": f"{kept / total:.0%}" if total else "-"}
-        words = [[(f"{name:>13}  ", look.dim), (value, f"bold {look.fg}")]
-                 for name, value in facts.items()]
-        bars = strip(entropy, T, w - side, h, look, K=K, every=run.block_steps, **options)
-        return beside(bars, block([[]] * (h > 5) + words, side, h))
+        return beside(
+            h, (w - side, side),
+            lambda w, h: strip(entropy, T, w, h, look, K=K, every=run.block_steps, **marks),
+            lambda w, h: [[]] * (h > 5) + rows)
 
-    title = f"entropy per denoising step {sep} iteration {title}"
-    return panel(title, draw, width, height, look, right)
+    title = f"entropy per denoising step {look('sep')} iteration {title}"
+    return panel(title, draw, look, right)
+
+
+def curve_panel(view: View, logs: Sequence[Log], name: str, hot: bool = False) -> Draw:
+    """One metric over iterations; zoomed with a cursor and the values there."""
+    look, curves, cursor = view.look, curves_of(view, logs, name), None
+    right = num(logs[view.run].run.latest(name))
+    if view.zoom and curves:
+        cursor = curves[-1].its[-1] if view.it is None else view.it
+        at = [c.values[min(bisect_left(c.its, cursor), len(c.its) - 1)] for c in curves]
+        right = f"at {cursor}: {'   '.join(map(num, at))}"
+    return panel(name, lambda w, h: chart(curves, w, h, look, log=view.log, cursor=cursor), look,
+                 right if name in logs[view.run].run.series else "", hot=hot)
 
 
 def curves_of(view: View, logs: Sequence[Log], name: str) -> list[Curve]:
     """One metric: of one run, with the raw values behind it, or of each of several by name."""
-    curves = []
-    for log, colour in zip(logs, view.look.line_colours() * len(logs)):
-        series, values = log.run.series.get(name), []
+    curves, several = [], len(logs) > 1
+    for log, colour in zip(logs, itertools.cycle(view.look.lines)):
+        series = log.run.series.get(name, {})
         if name == "eval":
-            its, values = list(log.run.evals), [e["accuracy"] for e in log.run.evals.values()]
-        elif series:
-            its, values = series.its, smooth(series.values, view.smooth)
-            if view.smooth and len(logs) == 1:
-                curves.append(Curve("", its, series.values, colour, faint=True))
+            series = {it: e["accuracy"] for it, e in log.run.evals.items()}
+        its, values = list(series), list(series.values())
+        if name != "eval" and view.smooth:
+            if values and not several:
+                curves.append(Curve("", its, values, colour, faint=True))
+            values = smooth(values, view.smooth)
         if values:
-            label = f"{log.name} {num(values[-1])}" if len(logs) > 1 else ""
+            label = f"{log.name} {num(values[-1])}" if several else ""
             curves.append(Curve(label, its, values, colour))
     return curves
 
 
-def reward_panel(view: View, log: Log, width: int, height: int) -> list[Row]:
+def reward_panel(view: View, log: Log) -> Draw:
     """The reward and its parts over iterations, evaluations marked."""
     look, run, curves = view.look, log.run, []
     parts = [name for name in run.series if re.fullmatch("reward/(?!mean|std).*", name)]
@@ -1208,32 +1180,24 @@ def reward_panel(view: View, log: Log, width: int, height: int) -> list[Row]:
             if not curve.faint or name == "reward/mean":
                 curves.insert(0, replace(curve, colour=colour, label=label))
     points = [(it, e["accuracy"]) for it, e in run.evals.items()]
-    right = f"{look('eval')} evaluation {num(points[-1][1])}" if points else ""
+    right = f"{look('eval')} evaluation {num(run.score)}" if points else ""
     return panel("reward", lambda w, h: chart(curves, w, h, look, points=points, log=view.log),
-                 width, height, look, right)
+                 look, right)
 
 
 def metric_rows(view: View, log: Log, width: int, height: int) -> list[Row]:
     """One metric a row: name, last value, how it went. The last alert below."""
-    run, look = log.run, view.look
-    names, rows = [name for name in HEALTH if name in run.series], []
+    run, look, rows = log.run, view.look, []
+    names = [name for name in HEALTH if name in run.series]
     names += [name for name in run.series if not name.startswith(("reward/", "t/", "eta"))]
-    names = list(dict.fromkeys(names))
-    for name in names[: height - bool(run.alerts)]:
-        values = run.series[name].values
-        colour = look.fg if math.isfinite(values[-1]) else look.orange
-        rows.append([(f"{name[:13]:<13} ", look.dim), (f"{num(values[-1]):>7}  ", f"bold {colour}"),
-                     *spark(values, max(0, width - 23), look)])
+    for name in list(dict.fromkeys(names))[: height - bool(run.alerts)]:
+        last = run.latest(name)
+        colour = look.fg if math.isfinite(last) else look.orange
+        rows.append([(f"{name[:13]:<13} ", look.dim), (f"{num(last):>7}  ", f"bold {colour}"),
+                     *spark(list(run.series[name].values()), max(0, width - 23), look)])
     for it, _, message in run.alerts[-1:]:
         rows.append([(f"! it {it} {clean(message)}", look.orange)])
     return rows or [[("waiting for the first update", look.dim)]]
-
-
-def health_panel(view: View, log: Log, width: int, height: int) -> list[Row]:
-    times = [f"{name[2:]} {num(s.values[-1])}" for name, s in log.run.series.items()
-             if name.startswith("t/") and name != "t/total"]
-    return panel("health", lambda w, h: metric_rows(view, log, w, h), width, height, view.look,
-                 foot="  ".join(times) and "seconds  " + "  ".join(times))
 
 
 def trajectory(view: View, log: Log, sample: Sample | None, width: int, height: int) -> list[Row]:
@@ -1241,21 +1205,17 @@ def trajectory(view: View, log: Log, sample: Sample | None, width: int, height: 
     and what (prose) had been filled in after the step under the cursor."""
     look = view.look
     if sample is None:
-        return panel("denoising", "no sample logged yet", width, height, look)
-    t, k, sep = step_of(view, sample), -1, look("sep")
-    name = f"it {sample.it} {sep} prompt {sample.p} {sep} sample {sample.s}   "
-    head = [(name, f"bold {look.fg}")]
+        return panel("denoising", say("no sample logged yet", look), look)(width, height)
+    t, sep, chosen = step_of(view, sample), look("sep"), sample.guess(step_of(view, sample))
+    head = [(f"it {sample.it} {sep} prompt {sample.p} {sep} sample {sample.s}   ",
+             f"bold {look.fg}")]
     if sample.reward is not None:
         sign = {True: look("yes") + " ", False: look("no") + " "}.get(sample.ok, "")
-        colour = look.teal if sample.ok else look.orange
-        head.append((f"{sign}reward {num(sample.reward)}   ", colour))
-    shown, total = sum(when <= t for when in sample.rev), sample.decoded
+        head.append((f"{sign}reward {num(sample.reward)}   ",
+                     look.teal if sample.ok else look.orange))
     entropy = num(sample.ent[t]) if 0 <= t < len(sample.ent) else "-"
-    tokens = f"{shown}/{len(sample.rev) if sample.live else total} tokens"
+    tokens = f"{sum(when <= t for when in sample.rev)}/{sample.decoded} tokens"
     head.append((f"step {t}/{sample.T - 1}   {tokens}   H {entropy}", look.dim))
-    if t in sample.sel:
-        k = sample.sel.index(t)
-    guess = sample.x0[k] if view.guess and 0 <= k < len(sample.x0) else ()
     short = sum(token_widths(sample, look)) + 10 <= width
 
     def draw(w: int, h: int) -> list[Row]:
@@ -1263,75 +1223,76 @@ def trajectory(view: View, log: Log, sample: Sample | None, width: int, height: 
         lines = [question[i : i + wide] for i in range(0, len(question), wide)]
         most = max(0, min(2 + (h > 18), h - 4))
         if len(lines) > most > 0:  # the puzzle itself often comes last
-            lines = lines[: most - 1] + [f"... {question[4 - wide :]}"]
-        lines = lines[:most]
+            lines[most - 1] = f"... {question[4 - wide :]}"
         rows = [head] + [[("Q: " if i == 0 else "   ", look.dim), (line, f"italic {look.dim}")]
-                         for i, line in enumerate(lines)]
+                         for i, line in enumerate(lines[:most])]
         if short and h > len(rows) + 3:
             return rows + film(sample, t, w, h - len(rows), look, view.colour, view.guess)
-        if k >= 0 and h > 6:
-            hint = "   x shows the guess" if k < len(sample.x0) and not view.guess else ""
-            rows.append([(f"{look('sel')} chosen  ", f"bold {look.mark}"), *credit(sample, k, look),
+        if t in sample.sel and h > 6:
+            hint = "   x shows the guess" if chosen and not view.guess else ""
+            rows.append([(f"{look('sel')} chosen  ", f"bold {look.mark}"), *credit(sample, t, look),
                          (hint, look.dim)])
         elif h > 8:
             rows.append([])
-        return rows + prose(sample, t, w, max(1, h - len(rows)), look, view.colour, guess)
+        return rows + prose(sample, t, w, max(1, h - len(rows)), look, view.colour,
+                            chosen if view.guess else ())
 
-    block_size = log.run.size("block")
-    wide = 0 if short or width < 80 else min(9 + (block_size or 32), width // 2)
-    right = panel("denoising now" if sample.live else "denoising", draw, width - wide, height, look,
-                  f"colour: {view.colour}")
-    return right if not wide else beside(panel("positions", lambda w, h: mosaic(
-        sample, t, w, h, look, block_size, view.colour), wide, height, look), right)
+    size = log.run.size("block")
+    left = 0 if short or width < 80 else min(9 + (size or 32), width // 2)
+    return beside(
+        height, (left, width - left),
+        panel("positions", lambda w, h: mosaic(sample, t, w, h, look, size, view.colour), look),
+        panel(f"denoising{' now' * sample.live}", draw, look, f"colour: {view.colour}"))
 
 
 def overview(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
     if len(logs) > 1:
         return comparison(view, logs, width, height)
-    log, look = logs[0], view.look
+    log, run, look = logs[0], logs[0].run, view.look
     if width < 60 or height < 14:  # one line per fact
-        it = max(log.run.entropy, default=None)
-        first = [] if it is None else [
-            [("entropy by step  ", look.dim), *spark(log.run.entropy[it], width - 17, look)]]
+        first = [[("entropy by step  ", look.dim),
+                  *spark(run.entropy[max(run.entropy)], width - 17, look)]] if run.entropy else []
         return first + metric_rows(view, log, width, height - len(first))
     sample = on_screen(view, log)
     top = 7 if height < 36 else max(8, height // 5)
     bottom = 0 if height < 28 else max(11, (height - top) * 14 // 25)
-    middle, left = height - top - bottom, width * 5 // 8 if width >= 100 else width // 2
-    charts = log.once(lambda: beside(reward_panel(view, log, left, middle),
-                                     health_panel(view, log, width - left, middle)),
-                      "overview", log.run.updates, len(log.run.alerts), left, middle, width,
-                      look, view.smooth, view.log)
-    rows = strip_panel(view, log, sample, width, top) + charts
+    middle, widths = height - top - bottom, divide(width, *((5, 3) if width >= 100 else (1, 1)))
+    times = [f"{name} {num(seconds)}" for name, seconds in run.seconds().items()]
+    health = panel("health", lambda w, h: metric_rows(view, log, w, h), look,
+                   foot="  ".join(["seconds", *times]) if times else "")
+    charts = log.once("overview", (run.edition, width, middle, look, view.smooth, view.log),
+                      lambda: beside(middle, widths, reward_panel(view, log), health))
+    rows = strip_panel(view, log, sample)(width, top) + charts
     return rows + (trajectory(view, log, sample, width, bottom) if bottom else [])
+
+
+def run_line(log: Log, name: str) -> str:
+    """A run in a line: for the comparison and for --list."""
+    run, (state, age) = log.run, log.status()
+    return (f"{state:<9} {run.done:>6}/{run.size('iters'):<6} reward "
+            f"{num(run.latest('reward/mean')):>6}  eval {num(run.score):>6}  {span(age):>8} ago  "
+            f"{name}")
 
 
 def comparison(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
     """Several runs over one another: how an ablation is watched."""
     look, top = view.look, min(len(logs) + 2, max(3, height // 3))
+    table = [[(f"{look('here') if i == view.run else ' '} ", look.fg), (look("full"), colour),
+              (f" {run_line(log, log.name)}", f"bold {look.fg}" if i == view.run else look.dim)]
+             for i, (log, colour) in enumerate(zip(logs, itertools.cycle(look.lines)))]
 
-    def table(w: int, h: int) -> list[Row]:
-        rows = []
-        for i, (log, colour) in enumerate(zip(logs, look.line_colours() * len(logs))):
-            run, here = log.run, i == view.run
-            score = run.evals[max(run.evals)]["accuracy"] if run.evals else None
-            rows.append([
-                (f"{look('here') if here else ' '} ", look.fg), (look("full") * 2 + " ", colour),
-                (f"{log.name[:28]:<28} ", f"bold {look.fg}" if here else look.fg),
-                (f"{log.status()[0]:<9} {run.done:>5}/{run.size('iters'):<5} ", look.dim),
-                (f"reward {num(run.latest('reward/mean')):>6}  eval {num(score):>6}", look.fg)])
-        return rows[max(0, view.run - h + 1) :]
+    names, across = ["reward/mean", "entropy/mean", "eval", "entropy/sel"], 1 + (width >= 100)
+    draws = [curve_panel(view, logs, name) for name in names[: 2 * across]]
+    rows = panel("runs", lambda w, h: table[max(0, view.run - h + 1) :], look)(width, top)
+    return rows + grid(draws, across, 2, width, height - top)
 
-    def over(name: str, w: int, h: int) -> list[Row]:
-        curves = curves_of(view, logs, name)
-        return panel(name, lambda w, h: chart(curves, w, h, look, log=view.log), w, h, look)
 
-    names = [["reward/mean", "eval"], ["entropy/mean", "entropy/sel"]]
-    across = 2 if width >= 100 else 1
-    rows = panel("runs", table, width, top, look)
-    for line, h in zip(names, (height - top - (height - top) // 2, (height - top) // 2)):
-        widths = [width // across] * (across - 1) + [width - width // across * (across - 1)]
-        rows += beside(*[over(name, w, h) for name, w in zip(line, widths)])
+def grid(draws: Sequence[Draw], across: int, down: int, width: int, height: int) -> list[Row]:
+    """As many columns and rows of equal size, filled line by line."""
+    rows: list[Row] = []
+    for r, h in enumerate(divide(height, *[1] * down)):
+        line = draws[r * across : (r + 1) * across]
+        rows += block(beside(h, divide(width, *[1] * across), *line), width, h)
     return rows
 
 
@@ -1341,29 +1302,27 @@ def entropy_view(view: View, logs: Sequence[Log], width: int, height: int) -> li
     its = sorted(run.entropy)
     it = max(its, default=None) if view.it is None else view.it
     below = 0 if height < 20 else min(11, height // 4)
-    left, h = width * 5 // 8 if width >= 100 else width, height - below
+    widths = divide(width, 5, 3) if width >= 100 else [width]
 
     def draw() -> list[Row]:
-        data = [run.entropy[i] for i in its]
-        high = max((max(finite(row), default=0.0) for row in data), default=0.0) or 1.0
-        share = [[count / (run.rows[i] or 1) for count in run.chosen[i]] for i in its]
-        title = f"entropy {look('sep')} iteration down, denoising step across"
-        every = run.block_steps
-        rows = panel(title, lambda w, h: carpet(data, its, w, h, look, high, it=it, every=every),
-                     left, h, look, f"0 to {num(high)} nats")
-        if left < width:
-            rows = beside(rows, panel("selected steps", lambda w, h: carpet(
-                share, its, w, h, look, 1.0, left=0, every=every), width - left, h, look, "share"))
-        return rows
+        data, every = [run.entropy[i] for i in its], run.block_steps
+        high = max((value for row in data for value in finite(row)), default=0.0) or 1.0
+        entropy = panel(
+            f"entropy {look('sep')} iteration down, denoising step across",
+            lambda w, h: carpet(data, its, w, h, look, high, it=it, every=every),
+            look, f"0 to {num(high)} nats")
+        selected = panel("selected steps", lambda w, h: carpet(
+            [run.share[i] for i in its], its, w, h, look, 1.0, left=0, every=every), look, "share")
+        return beside(height - below, widths, entropy, selected)
 
-    rows = log.once(draw, "carpet", run.updates, it, width, h, look)
-    return rows + (strip_panel(view, log, None, width, below) if below else [])
+    rows = log.once("carpet", (run.edition, it, width, height, look), draw)
+    return rows + (strip_panel(view, log, None)(width, below) if below else [])
 
 
 def trajectory_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
     log, top = logs[view.run], max(5, min(11, height // 3)) if height >= 14 else 0
     sample = on_screen(view, log)
-    rows = strip_panel(view, log, sample, width, top) if top else []
+    rows = strip_panel(view, log, sample)(width, top) if top else []
     return rows + trajectory(view, log, sample, width, height - top)
 
 
@@ -1384,79 +1343,65 @@ def samples_view(view: View, logs: Sequence[Log], width: int, height: int) -> li
     keys, here = sample_keys(view, log), key_of(view, log)
     below = height * 2 // 5 if height >= 16 else 0
 
-    def table(w: int, h: int) -> list[Row]:
-        at = keys.index(here) if here in keys else 0
-        rows = [[(f"  {'it':>5} {'prompt':>6} {'g':>3}    reward     adv  len", look.dim)]]
-        for key in keys[max(0, min(at - h // 2, len(keys) - h + 1)) :][: h - 1]:
-            sample = log.sample(*key) or Sample(*key)
-            sign = {True: look("yes"), False: look("no")}.get(sample.ok, "")
-            adv = finite(sample.adv)
-            adv = num(round(statistics.fmean(adv), 4)) if adv else "-"
-            parts = [f"{name} {num(v)}" for name, v in sample.rw.items() if name != "reward"]
-            words = "".join(clean(token, look) for token in sample.tok).split()
-            style = f"bold {look.fg}" if key == here else look.dim
-            rows.append([
-                (f"{look('here') if key == here else ' '} ", look.sky),
+    def line(key: tuple[int, int]) -> Row:
+        sample, bold = log.sample(*key) or Sample(*key), key == here
+        sign = {True: look("yes"), False: look("no")}.get(sample.ok, "")
+        adv = num(statistics.fmean(finite(sample.adv))) if finite(sample.adv) else "-"
+        parts = [f"{name} {num(v)}" for name, v in sample.rw.items() if name != "reward"]
+        words = " ".join("".join(clean(token, look) for token in sample.tok).split())
+        style = f"bold {look.fg}" if bold else look.dim
+        return [(f"{look('here') if bold else ' '} ", look.sky),
                 (f"{sample.it:>5} {sample.p:>6} {sample.g:>3} ", style),
                 (f"{sign:>1} {num(sample.reward):>7}", look.teal if sample.ok else look.orange),
-                (f" {adv:>7} {sample.len:>4}  {' '.join(parts)}  ", style),
-                (" ".join(words), style)])
-        return rows if keys else [[("no sample", look.dim)]]
+                (f" {adv:>7} {sample.len:>4}  {' '.join(parts)}  {words}", style)]
 
-    rows = panel("samples", table, width, height - below, look, f"{len(keys)} by {view.sort}")
+    def table(w: int, h: int) -> list[Row]:
+        at = keys.index(here) if here in keys else 0
+        start = max(0, min(at - h // 2, len(keys) - h + 1))
+        return [[(f"  {'it':>5} {'prompt':>6} {'g':>3}    reward     adv  len", look.dim)],
+                *map(line, keys[start : start + h - 1])]
+
+    def member(one: Sample) -> Draw:
+        return panel(f"sample {one.s} {look('sep')} reward {num(one.reward)}",
+                     lambda w, h: prose(one, one.T, w, h, look, view.colour), look,
+                     hot=one is sample)
+
+    table = table if keys else say("no sample", look)
+    rows = panel("samples", table, look, f"{len(keys)} by {view.sort}")(width, height - below)
     sample = log.sample(*here) if here else None
     if not below or sample is None:
         return rows
-    same, columns = log.group(sample), []
+    same = log.group(sample)
     shown = same[max(0, same.index(sample) - 3) :][: max(1, min(4, width // 30))]
-    for i, one in enumerate(shown):
-        w = width * (i + 1) // len(shown) - width * i // len(shown)
-        columns.append(panel(
-            f"sample {one.s} {look('sep')} reward {num(one.reward)}",
-            lambda w, h, one=one: prose(one, one.T, w, h, look, view.colour), w, below, look,
-            hot=one is sample))
-    return rows + beside(*columns)
+    return rows + grid([member(one) for one in shown], len(shown), 1, width, below)
 
 
 def metric_names(view: View, logs: Sequence[Log]) -> list[str]:
-    """What view 5 shows: the curated metrics first, or those that match the filter."""
-    names = list(dict.fromkeys(name for log in logs for name in log.run.series))
-    if view.filter:
-        return [name for name in names if view.filter.lower() in name.lower()]
-    return list(dict.fromkeys([name for name in CURATED if name in names] + names))
+    """What view 5 shows: the curated metrics first; only those that match a filter."""
+    names = dict.fromkeys(name for log in logs for name in log.run.series)
+    names = dict.fromkeys([name for name in CURATED if name in names] + list(names))
+    return [name for name in names if view.filter.lower() in name.lower()]
 
 
 def curves_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
     look, names = view.look, metric_names(view, logs)
     if not names:
-        words = "no metric matches" if view.filter else "waiting for the first update"
-        return panel("curves", words, width, height, look)
+        text = "no metric matches" if view.filter else "waiting for the first update"
+        return panel("curves", say(text, look), look)(width, height)
     pick = min(view.pick, len(names) - 1)
-
-    def one(name: str, w: int, h: int) -> list[Row]:
-        curves, cursor = curves_of(view, logs, name), None
-        right = num(logs[view.run].run.latest(name))
-        if view.zoom and curves:
-            cursor = curves[-1].its[-1] if view.it is None else view.it
-            at = [c.values[min(bisect_left(c.its, cursor), len(c.its) - 1)] for c in curves]
-            right = f"at {cursor}: {'   '.join(map(num, at))}"
-        return panel(name, lambda w, h: chart(curves, w, h, look, log=view.log, cursor=cursor),
-                     w, h, look, right, hot=name == names[pick])
 
     def page() -> list[Row]:
         if view.zoom:
-            return one(names[pick], width, height)
+            return curve_panel(view, logs, names[pick], hot=True)(width, height)
         across, down = max(1, min(3, width // 38)), max(1, min(3, height // 7))
-        first, rows = pick // (across * down) * across * down, []
-        for r in range(down):
-            h = height * (r + 1) // down - height * r // down
-            line = [one(name, width * (c + 1) // across - width * c // across, h)
-                    for c, name in enumerate(names[first + r * across :][:across])]
-            rows += block(beside(*line), width, h)
-        return rows
+        first = pick - pick % (across * down)
+        draws = [curve_panel(view, logs, name, hot=name == names[pick])
+                 for name in names[first : first + across * down]]
+        return grid(draws, across, down, width, height)
 
-    seen = (view.zoom, view.it, view.smooth, view.log, view.filter, view.run, look, pick)
-    return logs[0].once(page, *(log.run.updates for log in logs), width, height, *seen)
+    key = (width, height, view.zoom, view.it, view.smooth, view.log, view.filter, view.run, look,
+           pick, *(log.run.edition for log in logs))
+    return logs[0].once("curves", key, page)
 
 
 def run_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
@@ -1464,12 +1409,12 @@ def run_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[R
     log, look = logs[view.run], view.look
     run, meta, (state, age) = log.run, log.run.meta, log.status()
     argv = meta.get("argv")
-    sizes = "  ".join(f"{name} {run.size(name)}" for name in ("T", "K", "C", "block", "N", "G"))
     facts = {
         "state": f"{state}, last event {span(age)} ago", "log": log.path,
         "model": meta.get("model"), "task": meta.get("task"),
         "machine": f"{meta.get('host')}, process {meta.get('pid')}", "git": meta.get("git"),
-        "command": " ".join(map(str, argv)) if isinstance(argv, list) else argv, "sizes": sizes,
+        "command": " ".join(map(str, argv)) if isinstance(argv, list) else argv,
+        "sizes": "  ".join(f"{name} {run.size(name)}" for name in "T K C block N G".split()),
         "updates": f"{run.done} of {run.size('iters')}", "checkpoint": run.ckpt.get("path"),
         "events": f"{run.lines} lines, {run.bad} unreadable", "error": (run.end or {}).get("err")}
     for it, e in list(run.evals.items())[-3:]:
@@ -1480,24 +1425,22 @@ def run_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[R
         return [[(f"{name:<13} ", look.dim), (clean(str(value)), look.fg)]
                 for name, value in pairs.items() if value not in (None, "")]
 
-    left = table(facts)
-    times = {n[2:]: run.latest(n) for n in run.series if n.startswith("t/") and n != "t/total"}
-    total = sum(finite(times.values())) or 1.0
+    left, times = table(facts), run.seconds()
     for name, value in times.items():
-        share = value / total if math.isfinite(value) else 0.0
+        share = value / (sum(finite(times.values())) or 1.0) if math.isfinite(value) else 0.0
         left.append([(f"{name:<13} ", look.dim), (f"{num(value):>6} s ", look.fg),
                      (look("full") * round(20 * share), look.sky)])
     cfg = meta.get("cfg") if isinstance(meta.get("cfg"), dict) else {}
     news = [[(f"it {it:>4} {level:<5} ", look.dim), (clean(message), look.orange)]
             for it, level, message in reversed(run.alerts)]
     tail = [[(clean(line.decode(errors="replace")), look.dim)] for line in reversed(run.recent)]
-    below, wide = height * 2 // 5, width * 5 // 8 if width >= 80 else width
-    skip, h = view.pick, height - below
-    rows = panel("run", lambda w, h: left[skip if wide == width else 0 :], wide, h, look)
-    if wide < width:
-        rows = beside(rows, panel("config", lambda w, h: table(cfg)[skip:], width - wide, h, look))
+    below, skip = height * 2 // 5, view.pick
+    widths = divide(width, 5, 3) if width >= 80 else [width]
+    rows = beside(height - below, widths,
+                  panel("run", lambda w, h: left[skip if len(widths) == 1 else 0 :], look),
+                  panel("config", lambda w, h: table(cfg)[skip:], look))
     return rows + panel(f"alerts ({len(news)}) and the last events",
-                        lambda w, h: news[: h // 2] + tail, width, below, look)
+                        lambda w, h: news[: h // 2] + tail, look)(width, below)
 
 
 KEYS = {
@@ -1522,11 +1465,11 @@ KEYS = {
 }
 
 
+
 def help_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
-    look = view.look
-    rows = [[(f"{keys:<16} ", f"bold {look.orange}"), (words, look.fg)]
-            for keys, words in KEYS.items()]
-    return panel("keys", lambda w, h: rows[view.pick :], width, height, look)
+    rows = [[(f"{keys:<16} ", f"bold {view.look.orange}"), (text, view.look.fg)]
+            for keys, text in KEYS.items()]
+    return panel("keys", lambda w, h: rows[view.pick :], view.look)(width, height)
 
 
 SCREENS = (overview, entropy_view, trajectory_view, samples_view, curves_view, run_view)
@@ -1548,60 +1491,57 @@ def plain(rows: Iterable[Row]) -> str:
     return "\n".join("".join(text for text, _ in row).rstrip() for row in rows)
 
 
+ARMS = {"─": "lr", "│": "ud", "┤": "lud", "╭": "rd", "╮": "ld", "╰": "ru", "╯": "lu"}
+ARM = {"l": (0, 0.47, 0.55, 0.06), "r": (0.45, 0.47, 0.55, 0.06), "u": (0.45, 0, 0.1, 0.5),
+       "d": (0.45, 0.5, 0.1, 0.5)}
+
+
+def shapes(c: str) -> list[tuple[float, float, float, float]]:
+    """The rectangles (x, y, width, height in cells) of a character; none if it is a letter."""
+    if c in ARMS:
+        return [ARM[arm] for arm in ARMS[c]]
+    if c == "━":
+        return [(0, 0.42, 1, 0.16)]
+    if "▁" <= c <= "█":
+        size = (ord(c) - 0x2580) / 8
+        return [(0, 1 - size, 1, size)]
+    if c == "░":
+        return [((x + y % 2 * 2) / 4, y / 4, 0.16, 0.08) for x in (0, 1) for y in range(4)]
+    for table, glyphs in (DOTS["block"], DOTS["braille"]):
+        bits, w, h = glyphs.find(c), 1 / len(table[0]), 1 / len(table)
+        dot = (w, h) if h == 0.5 else (0.38, 0.19)
+        if bits > 0:
+            return [(x * w, y * h, *dot) for y, line in enumerate(table)
+                    for x, bit in enumerate(line) if bits & bit]
+    return []
+
+
 def svg(rows: Sequence[Row], look: Look) -> str:
     """A screen as a picture. Bars, dots and boxes become shapes, so that no font misplaces them."""
-    W, H = 9, 18  # of a cell
-    arcs = {"─": f"M0 9h{W}", "━": f"M0 9h{W}", "│": f"M4.5 0v{H}", "┤": f"M4.5 0v{H}M0 9h4.5",
-            "╭": "M4.5 18v-4q0-5 4.5-5", "╮": "M4.5 18v-4q0-5-4.5-5", "╰": "M4.5 0v4q0 5 4.5 5",
-            "╯": "M4.5 0v4q0 5-4.5 5"}
-    out: list[str] = []
+    W, H, out = 9, 18, []  # pixels of a cell
 
     def rect(x: float, y: float, w: float, h: float, colour: str) -> None:
-        out.append(f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" fill="{colour}" '
-                   'shape-rendering="crispEdges"/>')
-
-    def dots(at: Iterable[tuple[float, float]], x: float, y: float, r: float, colour: str) -> None:
-        out.extend(f'<circle cx="{x + W * i:g}" cy="{y + H * j:g}" r="{r}" fill="{colour}"/>'
-                   for i, j in at)
-
-    def shape(c: str, x: float, y: float, colour: str) -> bool:
-        """Draw a character at x, y; False if it is one for the font."""
-        code = ord(c)
-        if 0x2581 <= code <= 0x2588:
-            rect(x, y + H * (0x2588 - code) / 8, W, H * (code - 0x2580) / 8, colour)
-        elif c in QUADRANT[1:]:
-            for bit in range(4):
-                if QUADRANT.index(c) >> bit & 1:
-                    rect(x + W / 2 * (bit % 2), y + H / 2 * (bit // 2), W / 2, H / 2, colour)
-        elif 0x2800 <= code <= 0x28FF:
-            dots([(i / 4, j / 8) for i in (1, 3) for j in (1, 3, 5, 7)
-                  if (code - 0x2800) & BRAILLE[j // 2][i // 2]], x, y, 1.7, colour)
-        elif c == "░":
-            dots([((i + j // 2 % 2 * 2) / 8, j / 8) for i in (1, 5) for j in (1, 3, 5, 7)],
-                 x, y, 0.8, colour)
-        elif c in arcs:
-            out.append(f'<path d="{arcs[c]}" transform="translate({x:g} {y:g})" stroke="{colour}" '
-                       f'stroke-width="{3 if c == "━" else 1}" fill="none"/>')
-        else:
-            return False
-        return True
+        out.append(f'<rect x="{x * W:g}" y="{y * H:g}" width="{w * W:g}" height="{h * H:g}" '
+                   f'fill="{colour}" shape-rendering="crispEdges"/>')
 
     for y, row in enumerate(rows):
         x = 0
         for text, style in row:
-            words, _, ground = style.partition("on ")
-            colour = (re.search(r"#\w{6}", words) or [look.fg])[0]
+            ink, _, ground = style.partition("on ")
+            colour = (re.search(r"#\w{6}", ink) or [look.fg])[0]
             if ground:
-                rect(x * W, y * H, cell_len(text) * W, H, ground)
-            start, rest = x, ""
+                rect(x, y, cell_len(text), 1, ground)
+            start, letters = x, ""
             for c in text:
-                drawn = shape(c, x * W, y * H, colour)
-                x, rest = x + cell_len(c), rest + (" " * cell_len(c) if drawn else c)
-            if rest.strip():
-                weight = ' font-weight="bold"' * ("bold" in words)
-                slant = ' font-style="italic"' * ("italic" in words)
-                place = f'x="{start * W}" y="{y * H + 13.5}" textLength="{cell_len(rest) * W}"'
-                out.append(f'<text {place} fill="{colour}"{weight}{slant}>{escape(rest)}</text>')
+                for dx, dy, w, h in shapes(c):
+                    rect(x + dx, y + dy, w, h, colour)
+                letters += " " if shapes(c) else c
+                x += cell_len(c)
+            if letters.strip():
+                weight = ' font-weight="bold"' * ("bold" in ink)
+                slant = ' font-style="italic"' * ("italic" in ink)
+                place = f'x="{start * W}" y="{y * H + 13.5}" textLength="{(x - start) * W}"'
+                out.append(f'<text {place} fill="{colour}"{weight}{slant}>{escape(letters)}</text>')
     w, h = max(map(cells, rows), default=0) * W + 16, len(rows) * H + 16
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{w}" height="{h}" '
             f'viewBox="-8 -8 {w} {h}" font-size="15" xml:space="preserve" '
@@ -1624,10 +1564,21 @@ def save(view: View, logs: Sequence[Log], width: int, height: int) -> str:
 
 # ==== app =========================================================================================
 
-
 FAR = 10**9
 ACROSS = {"left": -1, "h": -1, "shift+left": -10, "H": -10, "home": -FAR, "0": -FAR,
           "right": 1, "l": 1, "shift+right": 10, "L": 10, "end": FAR, "$": FAR}
+DOWN = {"up": -1, "k": -1, "down": 1, "j": 1}
+PAGE = {"pageup": -1, "K": -1, "pagedown": 1, "J": 1}
+CYCLES = {"c": "colour", "x": "guess", "s": "smooth", "y": "log", "p": "palette", "a": "glyphs",
+          "t": "light"}  # keys that go round the values of something
+VALUES = {"colour": ("step", "entropy", "none"), "smooth": (0.0, 0.6, 0.8, 0.95),
+          "sort": ("newest", "reward", "length"), "palette": tuple(PALETTES),
+          "glyphs": tuple(GLYPHS)}
+
+
+def clamp(value: int, length: int) -> int:
+    """The nearest index into so many items."""
+    return max(0, min(value, length - 1))
 
 
 def press(view: View, key: str, logs: Sequence[Log]) -> str:
@@ -1638,36 +1589,40 @@ def press(view: View, key: str, logs: Sequence[Log]) -> str:
         view.filter = "" if key == "escape" else view.filter[:-1] if key == "backspace" else (
             view.filter + {"space": " "}.get(key, key if len(key) == 1 else ""))
         return ""
-    across = ACROSS.get(key, 0)
-    down = {"up": -1, "k": -1, "down": 1, "j": 1}.get(key, 0)
-    page = {"pageup": -1, "K": -1, "pagedown": 1, "J": 1}.get(key, 0)
+    across, down, page = ACROSS.get(key, 0), DOWN.get(key, 0), PAGE.get(key, 0)
     charts = view.number == 5
     match key:
         case _ if down and (view.help or view.number == 6):
             view.pick = max(0, view.pick + down)
         case _ if (across or down) and charts and not view.zoom:
-            last = len(metric_names(view, logs)) - 1
-            view.pick = max(0, min(view.pick + across + 3 * down, last))
+            view.pick = clamp(view.pick + across + 3 * down, len(metric_names(view, logs)))
         case _ if page or across and charts or down and view.number == 2:
-            go_iteration(view, log, page or across or down)
+            its = sorted(run.entropy) or [0]
+            at = bisect_left(its, its[-1] if view.it is None else view.it)
+            view.it = its[clamp(at + (page or across or down), len(its))]
+            view.follow = view.playing = False
         case _ if down and view.number == 1 and len(logs) > 1:
-            view.run = max(0, min(view.run + down, len(logs) - 1))
-        case _ if down:
-            go_sample(view, log, down)
+            view.run = clamp(view.run + down, len(logs))
+        case _ if down:  # the next row of the table in view 4; else the next sample, then iteration
+            keys = sample_keys(view, log) if view.number == 4 else sample_keys(View(), log)[::-1]
+            stay(view, log)
+            if keys:
+                here = (view.it, view.s)
+                at = keys.index(here) + down if here in keys else 0
+                view.it, view.s = keys[clamp(at, len(keys))]
         case _ if across:
             sample = stay(view, log)
-            view.t = max(0, min(step_of(view, sample) + across, sample.T - 1)) if sample else None
+            view.t = clamp(step_of(view, sample) + across, sample.T) if sample else None
         case "1" | "2" | "3" | "4" | "5" | "6":
             view.number, view.zoom, view.help, view.pick = int(key), False, False, 0
         case "tab" | "shift+tab":
-            view.number = (view.number - (0 if key == "tab" else 2)) % 6 + 1
-            view.zoom, view.help, view.pick = False, False, 0
+            press(view, str((view.number - (0 if key == "tab" else 2)) % 6 + 1), logs)
         case "n" | "N" if view.number in (2, 5, 6):
             here, ahead = run.it if view.it is None else view.it, key == "n"
             alerts = [a for a in run.alerts if (a[0] > here if ahead else a[0] < here)]
             if alerts:
-                view.it, _, words = min(alerts) if ahead else max(alerts)
-                view.note, view.follow = f"it {view.it}: {words}", False
+                view.it, _, message = min(alerts) if ahead else max(alerts)
+                view.note, view.follow = f"it {view.it}: {message}", False
         case "n" | "N":
             sample = stay(view, log)
             if sample and sample.sel:
@@ -1689,18 +1644,15 @@ def press(view: View, key: str, logs: Sequence[Log]) -> str:
             view.it, view.t, view.follow, view.playing = None, None, True, False
         case "f":
             stay(view, log)
-        case "c":
-            view.colour = following(COLOURS, view.colour)
-        case "x":
-            view.guess = not view.guess
-        case "s" if view.number == 4:
-            view.sort = following(SORTS, view.sort)
-        case "s":
-            view.smooth = following(SMOOTH, view.smooth)
-            view.note = f"smoothing {view.smooth:g}"
-        case "y":
-            view.log = not view.log
-            view.note = f"{'logarithmic' if view.log else 'linear'} charts"
+        case _ if key in CYCLES:
+            name = "sort" if key == "s" and view.number == 4 else CYCLES[key]
+            values, of = VALUES.get(name, (False, True)), view if hasattr(view, name) else view.look
+            value = values[(values.index(getattr(of, name)) + 1) % len(values)]
+            if of is view:
+                setattr(view, name, value)
+            else:
+                view.look = replace(view.look, **{name: value})
+            view.note = f"{name}: {value}"
         case "/":
             view.typing, view.filter, view.pick = True, "", 0
             view.number = view.number if view.number == 4 else 5
@@ -1711,12 +1663,6 @@ def press(view: View, key: str, logs: Sequence[Log]) -> str:
         case "enter":
             stay(view, log)
             view.number = 3
-        case "p":
-            view.look = replace(view.look, palette=following(tuple(PALETTES), view.look.palette))
-        case "a":
-            view.look = replace(view.look, glyphs=following(tuple(DOTS), view.look.glyphs))
-        case "t":
-            view.look = replace(view.look, light=not view.look.light)
         case "?":
             view.help, view.pick = not view.help, 0
         case "q":
@@ -1724,11 +1670,6 @@ def press(view: View, key: str, logs: Sequence[Log]) -> str:
         case "e":
             return "save"
     return ""
-
-
-def following(values: Sequence, value: object) -> object:
-    """The next in a cycle."""
-    return values[(values.index(value) + 1) % len(values)]
 
 
 def stay(view: View, log: Log) -> Sample | None:
@@ -1741,22 +1682,6 @@ def stay(view: View, log: Log) -> Sample | None:
     return log.sample(*key)
 
 
-def go_iteration(view: View, log: Log, by: int) -> None:
-    its = sorted(log.run.entropy) or [0]
-    at = bisect_left(its, its[-1] if view.it is None else view.it) + by
-    view.it, view.follow, view.playing = its[max(0, min(at, len(its) - 1))], False, False
-
-
-def go_sample(view: View, log: Log, by: int) -> None:
-    """To the next row of the table in view 4; else to the next sample, later iterations after."""
-    keys = sample_keys(view, log) if view.number == 4 else sample_keys(View(), log)[::-1]
-    stay(view, log)
-    if keys:
-        here = (view.it, view.s)
-        at = keys.index(here) + by if here in keys else 0
-        view.it, view.s = keys[max(0, min(at, len(keys) - 1))]
-
-
 def play(view: View, log: Log) -> None:
     """One step of the playback."""
     sample = on_screen(view, log)
@@ -1765,22 +1690,8 @@ def play(view: View, log: Log) -> None:
     view.playing = view.t < last
 
 
-def flat(row: Row) -> list[tuple[str, str]]:
-    """One (character, style) for each cell; the second cell of a wide character holds ""."""
-    out = []
-    for text, style in row:
-        for c in text:
-            size = 1 if c.isascii() else cell_len(c)
-            if size:
-                out += [(c, style), ("", style)][:size]
-            elif out:  # a combining mark shares the cell of what it modifies
-                out[-1] = out[-1][0] + c, style
-    return out
-
-
 def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
     """The Textual app. With hz 0 it reads only when somebody calls its `pump`."""
-    from rich.segment import Segment
     from rich.style import Style
     from textual import events
     from textual.app import App, ComposeResult
@@ -1793,13 +1704,22 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
         """Some columns of the screen. Textual repaints a line of a widget from its left edge on, so
         narrow widgets are what keeps the output small where only a few cells differ."""
 
+        lines: list[Strip] = []
+        columns = 0, 0
+
         def render_line(self, y: int) -> Strip:
-            line = self.app.lines[y] if y < len(self.app.lines) else []
-            line = line[self.region.x : self.region.right]
-            base = Style.parse(f"{view.look.fg} on {view.look.bg}")
-            runs = itertools.groupby(line, key=lambda cell: cell[1])
-            return Strip([Segment("".join(c for c, _ in group), base + Style.parse(style))
-                          for style, group in runs])
+            return self.lines[y].crop(*self.columns) if y < len(self.lines) else Strip([])
+
+        def show(self, lines: list[Strip], start: int, end: int) -> None:
+            """Repaint the lines that differ in these columns."""
+            before, self.lines = self.lines, lines
+            changed = [y for y, (a, b) in enumerate(zip(before, lines))
+                       if a is not b and a.crop(start, end) != b.crop(start, end)]
+            if self.columns != (start, end) or len(before) != len(lines):
+                self.columns, self.styles.width = (start, end), end - start
+                self.refresh()
+            elif changed:
+                self.refresh(*(Region(0, y, end - start, 1) for y in changed))
 
     class Monitor(App):
         """Keys and time change the view and the logs; `draw` shows them."""
@@ -1810,10 +1730,9 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
                     Binding("tab", "press('tab')", priority=True),
                     Binding("shift+tab", "press('shift+tab')", priority=True)]
 
-        rows: list[Row] = []
-        lines: list[list[tuple[str, str]]] = []
-        edges: list[int] = []  # where slices end
-        shown: tuple = ()  # what `news` was, and the look
+        told: list[tuple] = []  # what `news` was when the frame was drawn
+        kept: dict[tuple, Strip] = {}  # by row
+        base: Style | None = None
         drawn = stepped = 0.0
 
         def compose(self) -> ComposeResult:
@@ -1828,28 +1747,24 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
             self.call_next(self.draw)  # after Textual has taken the new size in
 
         def draw(self) -> None:
-            """Make a new frame and repaint the slices of lines in which it differs."""
-            rows, before, look = frame(view, logs, *self.size), self.lines, self.shown[1:2]
-            kept = itertools.chain(zip(self.rows, before), itertools.repeat((None, [])))
-            self.lines = [line if row == old else flat(row) for row, (old, line) in zip(rows, kept)]
-            self.rows, self.shown, self.drawn = rows, (self.news(), view.look), time.monotonic()
-            slices, edges = list(self.query(Slice)), []
-            for i in range(1, len(slices) + 1):
-                edge = self.size.width * i // len(slices)
-                while edge < self.size.width and any(line[edge][0] == "" for line in self.lines):
-                    edge -= 1  # never through a wide character
-                edges.append(max(edge, *edges[-1:], 0))
-            if edges != self.edges or look != (view.look,) or len(before) != len(rows):
-                self.edges = edges
-                for one, start, end in zip(slices, [0, *edges], edges):
-                    one.styles.width = end - start
-                    one.refresh()
-                return
-            for one, start, end in zip(slices, [0, *edges], edges):
-                lines = [y for y, (a, b) in enumerate(zip(before, self.lines))
-                         if a is not b and a[start:end] != b[start:end]]
-                if lines:
-                    one.refresh(*(Region(0, y, end - start, 1) for y in lines))
+            base = Style.parse(f"{view.look.fg} on {view.look.bg}")
+            rows = [tuple(row) for row in frame(view, logs, *self.size)]
+            kept = self.kept if base == self.base else {}
+            self.kept, self.base = {}, base
+            for row in rows:
+                self.kept[row] = kept.get(row) or Strip(
+                    [Segment(text, base + Style.parse(style)) for text, style in row])
+            lines, start = [self.kept[row] for row in rows], 0
+            self.told, self.drawn = self.news(), time.monotonic()
+            wide = [line for line in lines if line.cell_length > len(line.text)]
+            slices, width = list(self.query(Slice)), self.size.width
+            for i, one in enumerate(slices, 1):
+                end = max(start, width * i // len(slices))
+                while end > start and any(line.crop(0, end).text + line.crop(end).text != line.text
+                                          for line in wide):
+                    end -= 1  # never through a wide character
+                one.show(lines, start, end)
+                start = end
 
         def news(self) -> list[tuple]:
             """What makes a new frame necessary, keys apart: events, the state, growing silence."""
@@ -1861,7 +1776,7 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
             """Read what is new, for 40 ms at most, and show it; go on at once if there is more."""
             behind = any([log.poll() for log in logs])
             hurry = behind and time.monotonic() < self.drawn + 0.5
-            if not hurry and self.shown[:1] != (self.news(),):
+            if not hurry and self.told != self.news():
                 self.draw()
             if behind and hz:
                 self.set_timer(0.01, self.pump)
@@ -1927,17 +1842,17 @@ def follow(log: Log, hz: float) -> None:
     """Print a line for each iteration, evaluation and alert, until the run has ended."""
     told: set[tuple] = set()
     while True:
-        behind, run, lines = log.poll(), log.run, []
+        behind, run = log.poll(), log.run
         names = [name for name in HEALTH if name in run.series][:8]
-        for it in run.series[names[0]].its if names else ():
-            words = [f"{name} {num(run.series[name].at(it))}" for name in names]
-            lines.append((it, 1, "  ".join(words)))
+        lines = {(it, 2, f"{level}  {message}") for it, level, message in run.alerts}
         for it, e in run.evals.items():
-            lines.append((it, 0, f"eval  accuracy {e['accuracy']:.1%} of {e['n']}"))
-        lines += [(it, 2, f"{level}  {words}") for it, level, words in run.alerts]
-        for line in sorted(set(lines) - told):
-            print(f"it {line[0]:>5}  {line[2]}", flush=True)
-        told.update(lines)
+            lines.add((it, 0, f"eval  accuracy {e['accuracy']:.1%} of {e['n']}"))
+        for it in run.series[names[0]] if names else ():
+            values = [f"{name} {num(run.series[name].get(it))}" for name in names]
+            lines.add((it, 1, "  ".join(values)))
+        for it, _, text in sorted(lines - told):
+            print(f"it {it:>5}  {text}", flush=True)
+        told |= lines
         state = log.status()[0]
         if not behind and state not in (*GOING, "waiting"):
             print(f"{state} after {run.done} updates", flush=True)
@@ -1948,35 +1863,56 @@ def follow(log: Log, hz: float) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Watch a training run, look at one that is over, compare several.",
-        epilog="Exit codes: 0 fine, 2 no such run, 3 the log is newer than this program.")
-    add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="folder or events.jsonl (default: newest in runs/)")
+        epilog="Exit codes: 0 fine, 2 no such run, 3 the log is newer than this program.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, 26, width=100))
+    parser.add_argument("runs", nargs="*", metavar="RUN",
+                        help="run folder or its events.jsonl; several are compared "
+                             "(default: the newest in runs/)")
+    add = parser.add_argument_group("instead of the live screen").add_argument
     add("--once", action="store_true", help="print one frame (the default without a terminal)")
-    add("--plain", action="store_true", help="one line per iteration, like tail -f")
-    add("--json", action="store_true", help="the last state as JSON")
-    add("--list", action="store_true", help="all runs in the folder RUN (default runs/)")
+    add("--plain", action="store_true", help="print a line per iteration, like tail -f")
+    add("--json", action="store_true", help="print the last state as JSON")
+    add("--list", action="store_true", help="print all runs of the folder RUN (default: runs/)")
     add("--svg", metavar="FILE", type=Path, help="write one frame as a picture")
-    add("--replay", type=float, default=0.0, metavar="SPEED", help="a log as if being written")
-    add("--serve", nargs="?", type=int, const=8000, metavar="PORT", help="to a local browser")
-    add("--view", default="1", choices=[*VIEWS, *"123456"], metavar="VIEW", help=", ".join(VIEWS))
-    add("--it", type=int, help="open at this iteration ...")
-    add("--sample", type=int, help="... this sample of it ...")
-    add("--step", type=int, help="... and this denoising step")
-    add("--guess", action="store_true", help="show the one-step completions, like key x")
-    add("--hz", type=float, default=4.0, help="looks at the log a second (default 4)")
-    add("--palette", default="viridis", choices=PALETTES)
+    add("--serve", nargs="?", type=int, const=8000, metavar="PORT",
+        help="show it in a local browser (default port: 8000)")
+    add = parser.add_argument_group("what to show first").add_argument
+    add("--view", default="1", choices=[*VIEWS, *"123456"], metavar="VIEW",
+        help=f"{', '.join(VIEWS)}, or 1 to 6")
+    add("--it", type=int, metavar="N", help="this iteration ...")
+    add("--sample", type=int, metavar="N", help="... this sample of it ...")
+    add("--step", type=int, metavar="N", help="... and this denoising step")
+    add("--guess", action="store_true", help="the one-step completions, like key x")
+    add = parser.add_argument_group("how").add_argument
+    add("--replay", type=float, default=0.0, metavar="SPEED",
+        help="as if a finished log were being written now, so many times as fast")
+    add("--hz", type=float, default=4.0, metavar="N", help="looks at the log a second (default: 4)")
+    add("--palette", default="viridis", choices=PALETTES, metavar="NAME", help=", ".join(PALETTES))
     add("--ascii", action="store_true", help="nothing but ASCII")
     add("--light", action="store_true", help="for a light terminal (default: as COLORFGBG says)")
     return parser.parse_args()
 
 
+def serve(port: int) -> int:
+    """This program with the same arguments in a browser."""
+    try:
+        from textual_serve.server import Server
+    except ModuleNotFoundError:
+        print("--serve needs one more package: pip install textual-serve", file=sys.stderr)
+        return 2
+    command = shlex.join([sys.executable, __file__, *sys.argv[1:]])
+    Server(command, "127.0.0.1", port, title="tui.py").serve()
+    return 0
+
+
 def main() -> int:
     args = arguments()
     streams = (sys.__stdin__, sys.__stdout__, sys.__stderr__)
-    terminal = all(stream.isatty() for stream in streams) and not os.environ.get("CI")
-    terminal = terminal and os.environ.get("TERM", "dumb") != "dumb"
+    served = "TEXTUAL_DRIVER" in os.environ  # by what `serve` started
+    dumb = os.environ.get("TERM", "dumb") == "dumb" or os.environ.get("CI")
+    terminal = all(stream.isatty() for stream in streams) and not dumb
     asked = args.once or args.plain or args.json or args.list or args.svg
-    live = not asked and (terminal or args.serve or "TEXTUAL_DRIVER" in os.environ)
+    live = not asked and (terminal or args.serve or served)
     try:
         paths = [find(name) for name in args.runs or [None]] if not args.list else sorted(
             Path(args.runs[0] if args.runs else "runs").glob("*/events.jsonl"))
@@ -1986,22 +1922,15 @@ def main() -> int:
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 2
-    if args.serve and "TEXTUAL_DRIVER" not in os.environ:  # else this is what the server started
-        try:
-            from textual_serve.server import Server
-        except ModuleNotFoundError:
-            print("--serve needs one more package: pip install textual-serve", file=sys.stderr)
-            return 2
-        command = shlex.join([sys.executable, __file__, *sys.argv[1:]])
-        Server(command, "127.0.0.1", args.serve, title="tui.py").serve()
-        return 0
+    if args.serve and not served:
+        return serve(args.serve)
     encoding = sys.stdout.encoding or "ascii"
     ascii_only = args.ascii or not encoding.lower().startswith("utf")
     look = Look(args.palette, "ascii" if ascii_only else "braille",
                 args.light or os.environ.get("COLORFGBG", "").endswith(";15"))
     number = VIEWS.index(args.view) + 1 if args.view in VIEWS else int(args.view)
-    view = View(number, args.it, args.sample or 0, args.step, guess=args.guess, look=look)
-    view.follow = args.it is None and args.sample is None and args.step is None
+    view = View(number, args.it, args.sample or 0, args.step, guess=args.guess, look=look,
+                follow=args.it is args.sample is args.step is None)
     logs = [Log(path, args.replay, patience=20 if live else 0) for path in paths]
     for log in logs:
         while log.poll(0.05) and not live:
@@ -2015,10 +1944,7 @@ def main() -> int:
         signal.signal(signal.SIGTERM, lambda *_: app.exit())  # the terminal is put back in order
         app.run()
     elif args.list:
-        for log in logs:
-            (state, age), run = log.status(), log.run
-            print(f"{state:<9} {run.done:>6}/{run.size('iters'):<6} reward "
-                  f"{num(run.latest('reward/mean')):>6}  {span(age):>8} ago  {log.path.parent}")
+        print("\n".join(run_line(log, str(log.path.parent)) for log in logs))
     elif args.json:
         print(json.dumps(summary(logs[0]), allow_nan=False))
     elif args.plain:

@@ -76,9 +76,8 @@ def feed(*events: dict) -> tui.Run:
 
 
 def state(run: tui.Run) -> str:
-    """All of a run, comparable."""
-    series = {name: (list(s.its), list(s.values)) for name, s in run.series.items()}
-    return repr((tui.replace(run, series={}), sorted(series.items())))
+    """All of a run, comparable even where it holds NaN."""
+    return repr(run)
 
 
 # ---- read ----------------------------------------------------------------------------------------
@@ -165,7 +164,7 @@ def test_a_missing_file_is_waited_for_and_a_deleted_one_keeps_its_state(tmp_path
 
 def test_what_is_not_a_number_arrives_and_is_news():
     run = feed(META, step(0, kl=0.1), step(1, kl="nan"), step(2, kl="nan"), step(3, kl="-inf"))
-    assert math.isnan(run.series["kl"].values[1]) and run.series["kl"].values[3] == -math.inf
+    assert math.isnan(run.series["kl"][1]) and run.series["kl"][3] == -math.inf
     assert [alert for alert in run.alerts] == [(1, "error", "kl is nan")]  # once, not every step
 
 
@@ -222,7 +221,7 @@ def test_a_hundred_thousand_lines_take_less_than_three_seconds(tmp_path):
 def test_the_state_of_a_run_is_told_apart(tmp_path):
     path, ended = tmp_path / "events.jsonl", subprocess.Popen(["true"])
     ended.wait()
-    here = dict(host=os.uname().nodename, boot=tui.boot_id(), pid=os.getpid())
+    here = dict(zip(("host", "boot"), tui.this_machine()), pid=os.getpid())
 
     def status(age: float, *events: dict, **meta) -> str:
         path.write_bytes(lines(META | meta, *events))
@@ -275,6 +274,20 @@ def test_the_rollout_in_progress_is_followed(runs):
     assert sum(map(bool, sample.tok)) == sum(when < len(sample.ent) for when in sample.rev) > 0
     log.run.feed(lines(step(5)).strip())
     assert log.run.live() is None
+
+
+def test_the_prompt_of_a_rollout_in_progress_is_shown_above_it(tmp_path):
+    path = tmp_path / "events.jsonl"
+    first = dict(e="denoise", it=0, b=0, t0=0, s=0, H=[1.0], rv=[[0, "42", 1.0]])
+    path.write_bytes(lines(META, first | {"prompt": "What is 6 x 7?"}, first | {"t0": 1, "rv": []}))
+    log = load(path, clock=lambda: 1.76e9 + 3)
+    assert log.run.live().prompt == "What is 6 x 7?"
+    for view in (tui.View(), tui.View(number=3)):
+        text = tui.plain(tui.frame(view, [log], 120, 40))
+        assert "denoising now" in text and "Q: What is 6 x 7?" in text
+    other = lines(first | {"it": 1}).strip()
+    log.run.feed(other)
+    assert log.run.live().prompt == ""  # of another rollout, without one
 
 
 def test_a_replay_shows_a_log_at_the_pace_it_was_written(runs, monkeypatch):
