@@ -1041,24 +1041,22 @@ def bar(row: Row, width: int, look: Look) -> Row:
 def header(view: View, log: Log, width: int) -> Row:
     """State, name, progress and pace on one row; what does not fit goes, from the right."""
     run, look, (state, age) = log.run, view.look, log.status()
-    glyph, plain_glyph, colour = STATUS.get(state, STATUS["finished"])
-    going, iters = state in GOING, run.size("iters")
-    left = run.latest("eta_s")
-    live = run.live() if going else None
-    phase = f"rollout {live.steps}/{live.T}" if live and run.phase == "rollout" else run.phase
-    sign = plain_glyph if look.glyphs == "ascii" else glyph
-    parts = [[(f" {sign} {state}", f"bold {getattr(look, colour)}"),
-              (f" {span(age)} ago" if going and age >= 5 else "", look.dim)],
+    glyph, ascii_glyph, colour = STATUS.get(state, STATUS["finished"])
+    parts = [[(f" {ascii_glyph if look.glyphs == 'ascii' else glyph} {state}",
+               f"bold {getattr(look, colour)}"),
+              (f" {span(age)} ago" if state in GOING and age >= 5 else "", look.dim)],
              [(log.name, f"bold {look.fg}")]]
-    if iters:
+    if iters := run.size("iters"):
         size = max(0, min(18, width // 6 - 4))
         full = round(size * min(1.0, run.done / iters))
         parts.append([(look("done") * full, look.sky), (look("todo") * (size - full), look.line),
                       (f" {run.done}/{iters}", look.fg)])
-    if going and left is not None and math.isfinite(left):
-        parts.append([(f"ETA {span(left)}", look.fg)])
-    if going and phase:
-        parts.append([(phase, look.mark)])
+    if state in GOING:
+        live, left = run.live(), run.latest("eta_s")
+        if left is not None and math.isfinite(left):
+            parts.append([(f"ETA {span(left)}", look.fg)])
+        rolling = f" {live.steps}/{live.T}" if live and run.phase == "rollout" else ""
+        parts.append([(run.phase + rolling, look.mark)])
     if run.evals:
         parts.append([("eval ", look.dim), (f"{run.score:.1%}", look.fg)])
     for name, unit in (("t/total", "s/it"), ("tok_s", "tok/s"), ("mem/peak_gb", "GB")):
@@ -1067,7 +1065,7 @@ def header(view: View, log: Log, width: int) -> Row:
     model = Path(str(run.meta.get("model", ""))).name
     parts.append([(clean(f"{model} {run.meta.get('task', '')}".strip()), look.dim)])
     row: Row = []
-    for part in parts:
+    for part in filter(cells, parts):
         if row and cells(row + part) + 2 > width:
             break
         row += [("  ", "")] * bool(row) + part
@@ -1862,30 +1860,27 @@ def follow(log: Log, hz: float) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        usage="python tui.py [RUN ...] [options]",
         description="Watch a training run, look at one that is over, compare several.",
         epilog="Exit codes: 0 fine, 2 no such run, 3 the log is newer than this program.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, 26, width=100))
-    parser.add_argument("runs", nargs="*", metavar="RUN",
-                        help="run folder or its events.jsonl; several are compared "
-                             "(default: the newest in runs/)")
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=100))
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="folder or events.jsonl (default: newest in runs/)")
     add = parser.add_argument_group("instead of the live screen").add_argument
     add("--once", action="store_true", help="print one frame (the default without a terminal)")
     add("--plain", action="store_true", help="print a line per iteration, like tail -f")
     add("--json", action="store_true", help="print the last state as JSON")
     add("--list", action="store_true", help="print all runs of the folder RUN (default: runs/)")
     add("--svg", metavar="FILE", type=Path, help="write one frame as a picture")
-    add("--serve", nargs="?", type=int, const=8000, metavar="PORT",
-        help="show it in a local browser (default port: 8000)")
+    add("--serve", nargs="?", type=int, const=8000, metavar="PORT", help="show it in a browser")
     add = parser.add_argument_group("what to show first").add_argument
-    add("--view", default="1", choices=[*VIEWS, *"123456"], metavar="VIEW",
-        help=f"{', '.join(VIEWS)}, or 1 to 6")
+    add("--view", default="1", choices=[*VIEWS, *"123456"], metavar="VIEW", help=", ".join(VIEWS))
     add("--it", type=int, metavar="N", help="this iteration ...")
     add("--sample", type=int, metavar="N", help="... this sample of it ...")
     add("--step", type=int, metavar="N", help="... and this denoising step")
     add("--guess", action="store_true", help="the one-step completions, like key x")
     add = parser.add_argument_group("how").add_argument
-    add("--replay", type=float, default=0.0, metavar="SPEED",
-        help="as if a finished log were being written now, so many times as fast")
+    add("--replay", type=float, default=0.0, metavar="SPEED", help="a log as if being written")
     add("--hz", type=float, default=4.0, metavar="N", help="looks at the log a second (default: 4)")
     add("--palette", default="viridis", choices=PALETTES, metavar="NAME", help=", ".join(PALETTES))
     add("--ascii", action="store_true", help="nothing but ASCII")
@@ -1893,22 +1888,10 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def serve(port: int) -> int:
-    """This program with the same arguments in a browser."""
-    try:
-        from textual_serve.server import Server
-    except ModuleNotFoundError:
-        print("--serve needs one more package: pip install textual-serve", file=sys.stderr)
-        return 2
-    command = shlex.join([sys.executable, __file__, *sys.argv[1:]])
-    Server(command, "127.0.0.1", port, title="tui.py").serve()
-    return 0
-
-
 def main() -> int:
     args = arguments()
     streams = (sys.__stdin__, sys.__stdout__, sys.__stderr__)
-    served = "TEXTUAL_DRIVER" in os.environ  # by what `serve` started
+    served = "TEXTUAL_DRIVER" in os.environ  # a browser is at the other end
     dumb = os.environ.get("TERM", "dumb") == "dumb" or os.environ.get("CI")
     terminal = all(stream.isatty() for stream in streams) and not dumb
     asked = args.once or args.plain or args.json or args.list or args.svg
@@ -1923,7 +1906,14 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     if args.serve and not served:
-        return serve(args.serve)
+        try:
+            from textual_serve.server import Server
+        except ModuleNotFoundError:
+            print("--serve needs one more package: pip install textual-serve", file=sys.stderr)
+            return 2
+        command = shlex.join([sys.executable, __file__, *sys.argv[1:]])
+        Server(command, "127.0.0.1", args.serve, title="tui.py").serve()
+        return 0
     encoding = sys.stdout.encoding or "ascii"
     ascii_only = args.ascii or not encoding.lower().startswith("utf")
     look = Look(args.palette, "ascii" if ascii_only else "braille",
