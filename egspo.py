@@ -183,9 +183,11 @@ class Config:
 
 # What a small model wants instead of the paper's settings for an 8B one
 SMALL = dict(
-    steps=25, eval_every=5, save_every=5, B=16, C=24, T=12, block=24, K=4, lr=1e-3, warmup=2,
+    steps=25, eval_every=5, save_every=5, B=16, C=24, T=12, block=24, K=4, lr=3e-4, warmup=2,
     max_grad_norm=1.0, micro=128, lora_r=0, checkpointing=False, beta=0.01, weight_decay=0.0,
 )  # fmt: skip
+EMBEDDED = ("sudoku", "countdown", "toycode")  # what the embedded model was made for
+LONG = dict(B=2, G=4, micro=8)  # the other tasks' prompts are fifty times longer
 
 
 # ---- act -----------------------------------------------------------------------------------------
@@ -1004,7 +1006,7 @@ def introduce(cfg: Config, policy: nn.Module, ranks: Ranks, start: int) -> None:
         f"a step: {cfg.B * ranks.world} prompts x {cfg.G} samples, P {cfg.P}, C {cfg.C} in {cfg.T} "
         f"denoising steps, {cfg.K} of them learn"
     )
-    if is_small(cfg.model) and cfg.task not in ("sudoku", "countdown", "toycode"):
+    if is_small(cfg.model) and cfg.task not in EMBEDDED:
         say(f"so small a model scores about zero on {cfg.task}: this run only shows that it works")
     if start:
         say(f"resuming after {start} of {cfg.steps} steps")
@@ -1034,7 +1036,10 @@ def preset(argv: list[str]) -> Config:
             raise ValueError(f"{file}: not of this version ({error})") from None
     default = "GSAI-ML/LLaDA-8B-Instruct" if torch.cuda.is_available() else "tiny"
     path = model_folder(given("--model") or "") or default
-    return Config(model=path, **(SMALL if is_small(path) else {}))
+    small = SMALL if is_small(path) else {}
+    if small and (given("--task") or "sudoku") not in EMBEDDED:
+        small = small | LONG
+    return Config(model=path, **small)
 
 
 def is_small(path: str) -> bool:
