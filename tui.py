@@ -1698,26 +1698,28 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
     from textual.strip import Strip
     from textual.widget import Widget
 
+    def cut(line: Strip, x: int) -> bool:
+        """Whether a wide character stands on both sides of column x."""
+        return line.crop(0, x).text + line.crop(x).text != line.text
+
     class Slice(Widget):
         """Some columns of the screen. Textual repaints a line of a widget from its left edge on, so
         narrow widgets are what keeps the output small where only a few cells differ."""
 
-        lines: list[Strip] = []
-        columns = 0, 0
+        lines: Sequence[Strip] = ()
 
         def render_line(self, y: int) -> Strip:
-            return self.lines[y].crop(*self.columns) if y < len(self.lines) else Strip([])
+            return self.lines[y] if y < len(self.lines) else Strip([])
 
-        def show(self, lines: list[Strip], start: int, end: int) -> None:
-            """Repaint the lines that differ in these columns."""
+        def show(self, lines: Sequence[Strip], width: int) -> None:
+            """Repaint the lines that differ."""
             before, self.lines = self.lines, lines
-            changed = [y for y, (a, b) in enumerate(zip(before, lines))
-                       if a is not b and a.crop(start, end) != b.crop(start, end)]
-            if self.columns != (start, end) or len(before) != len(lines):
-                self.columns, self.styles.width = (start, end), end - start
+            changed = [y for y, (a, b) in enumerate(zip(before, lines)) if a is not b and a != b]
+            if self.styles.width.value != width or len(before) != len(lines):
+                self.styles.width = width
                 self.refresh()
             elif changed:
-                self.refresh(*(Region(0, y, end - start, 1) for y in changed))
+                self.refresh(*(Region(0, y, width, 1) for y in changed))
 
     class Monitor(App):
         """Keys and time change the view and the logs; `draw` shows them."""
@@ -1752,17 +1754,17 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
             for row in rows:
                 self.kept[row] = kept.get(row) or Strip(
                     [Segment(text, base + Style.parse(style)) for text, style in row])
-            lines, start = [self.kept[row] for row in rows], 0
             self.told, self.drawn = self.news(), time.monotonic()
-            wide = [line for line in lines if line.cell_length > len(line.text)]
-            slices, width = list(self.query(Slice)), self.size.width
-            for i, one in enumerate(slices, 1):
-                end = max(start, width * i // len(slices))
-                while end > start and any(line.crop(0, end).text + line.crop(end).text != line.text
-                                          for line in wide):
-                    end -= 1  # never through a wide character
-                one.show(lines, start, end)
-                start = end
+            lines, slices, ends = [self.kept[row] for row in rows], list(self.query(Slice)), [0]
+            wide = [line for line in lines if any(cell_len(c) > 1 for c in set(line.text))]
+            for i in range(1, len(slices) + 1):
+                end = max(ends[-1], self.size.width * i // len(slices))
+                while end > ends[-1] and any(cut(line, end) for line in wide):
+                    end -= 1
+                ends.append(end)
+            columns = zip(*(line.divide(ends[1:]) for line in lines))
+            for one, start, end, column in zip(slices, ends, ends[1:], columns):
+                one.show(column, end - start)
 
         def news(self) -> list[tuple]:
             """What makes a new frame necessary, keys apart: events, the state, growing silence."""
