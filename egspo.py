@@ -186,7 +186,11 @@ SMALL = dict(
     steps=25, eval_every=5, save_every=5, B=16, C=24, T=12, block=24, K=4, lr=3e-4, warmup=2,
     max_grad_norm=1.0, micro=128, lora_r=0, checkpointing=False, beta=0.01, weight_decay=0.0,
 )  # fmt: skip
-EMBEDDED = ("sudoku", "countdown", "toycode")  # what the embedded model was made for
+EMBEDDED = {  # what the embedded model was made for, and what each task wants otherwise
+    "sudoku": dict(steps=15, lr=1e-4),
+    "countdown": dict(steps=80, eval_every=10, T=24, K=8, lr=5e-4),  # one operator a step
+    "toycode": {},
+}
 LONG = dict(B=2, G=4, micro=8)  # the other tasks' prompts are fifty times longer
 
 
@@ -1036,10 +1040,8 @@ def preset(argv: list[str]) -> Config:
             raise ValueError(f"{file}: not of this version ({error})") from None
     default = "GSAI-ML/LLaDA-8B-Instruct" if torch.cuda.is_available() else "tiny"
     path = model_folder(given("--model") or "") or default
-    small = SMALL if is_small(path) else {}
-    if small and (given("--task") or "sudoku") not in EMBEDDED:
-        small = small | LONG
-    return Config(model=path, **small)
+    own = EMBEDDED.get(given("--task") or "sudoku", LONG)
+    return Config(model=path, **(SMALL | own if is_small(path) else {}))
 
 
 def is_small(path: str) -> bool:
