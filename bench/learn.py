@@ -35,10 +35,11 @@ def row(task: str, seed: int, events: list[dict]) -> str:
     minutes = (events[-1]["ts"] - events[0]["ts"]) / 60
     rewards = f"{steps[0]['m']['reward/mean']:.2f} → {steps[-1]['m']['reward/mean']:.2f}"
     interval = f"{100 * test['accuracy']:.1f} [{100 * test['lo']:.1f}, {100 * test['hi']:.1f}]"
-    return (
-        f"| {task} | {seed} | {100 * first['accuracy']:.1f} | {100 * last['accuracy']:.1f} | {interval} | {rewards} | {curve} "
-        f"| {len(steps)} | {minutes:.1f} |"
-    )
+    cells = (
+        task, seed, f"{100 * first['accuracy']:.1f}", f"{100 * last['accuracy']:.1f}",
+        interval, rewards, curve, len(steps), f"{minutes:.1f}",
+    )  # fmt: skip
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def main() -> None:

@@ -112,8 +112,8 @@ def ours(net, optimizer, size: str, cfg: egspo.Config) -> None:
 
 
 def straightforward(net, optimizer, size: str, cfg: egspo.Config) -> None:
-    """The same method as it is usually written: the head and the softmax at every position of prompt
-    and completion at every step, Gumbel noise over the vocabulary, moves scored one by one, eager."""
+    """The method as it is usually written: head and softmax at every position of prompt and
+    completion at every step, Gumbel noise over the vocabulary, moves scored one by one, eager."""
     prompt_NP, _ = prompts(size, cfg)
     (N, P), R = prompt_NP.shape, cfg.C // cfg.T
     ids_NL = torch.cat((prompt_NP, prompt_NP.new_ones(N, cfg.C)), dim=1)

@@ -395,3 +395,15 @@ def test_evaluation_by_lengths_and_with_samples_writes_its_numbers(toy, tmp_path
     for r in results:
         assert r["pass@1"] == pytest.approx(r["accuracy"], abs=1e-3) and r["pass@1"] <= r["pass@2"]
         assert r["forwards"] <= r["T"] and "pass@4" not in r
+
+
+# ---- the default ---------------------------------------------------------------------------------
+
+
+def test_the_embedded_model_learns_to_solve_sudoku(tmp_path):
+    words = "--model tiny --task sudoku --steps 5 --eval-every 5 --eval-n 64 --no-test --no-compile"
+    done = run(*words.split(), "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    log = events(tmp_path / "run")
+    before, after = (event["m"]["accuracy"] for event in log if event["e"] == "eval")
+    assert before <= 0.2 and after >= before + 0.4
