@@ -495,7 +495,7 @@ def countdown_solutions(numbers: Iterable[int], target: int) -> list[str]:
 
 
 def countdown_solution(numbers: tuple[int, ...], target: int) -> str | None:
-    """The shortest expression that makes the target from the numbers in this order; None if none."""
+    """The shortest expression that makes the target from the numbers in this order, or None."""
     found = (
         text for text in countdown_solutions(numbers, target)
         if tuple(map(int, re.findall(r"\d+", text))) == numbers

@@ -627,7 +627,7 @@ def add_lora(net: Transformer, r: int, alpha: float) -> None:
 
 @contextmanager
 def as_reference(net: Transformer) -> Iterator[Transformer]:
-    """Inside, the network (which it yields) is its base: adapters are skipped, not multiplied by zero.
+    """Yields the network as its base: inside, adapters are skipped, not multiplied by zero.
 
     A plain attribute, on which torch.compile guards: it keeps one graph with and one without, and
     switching between them compiles nothing. (A 0-d tensor in one graph would still pay for the

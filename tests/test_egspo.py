@@ -1,4 +1,4 @@
-"""What must stay true of act, choose, credit and learn. Oracles are loops written from the formulas."""
+"""What must stay true of act, choose, credit and learn. Oracles are loops from the formulas."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""The gradient identity, by enumeration: every trajectory of a toy, through the project's own rules.
+"""The gradient identity, by enumeration: every trajectory of a toy, by the project's own rules.
 
 dJ/dtheta by autograd through the enumerated expectation is the truth. The policy gradient, also
 enumerated (no sampling noise), must equal it where the log-probability of a move is exact.
