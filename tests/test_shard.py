@@ -51,7 +51,7 @@ def curve(out) -> list[float]:
 
 def test_a_sharded_run_equals_the_unsharded_one(toy, sharded, tmp_path):
     train(toy, tmp_path / "whole", *UNSHARDED, "--steps", 6, ranks=2)
-    assert len(curve(sharded)) == 6 * 6 + 3
+    assert len(curve(sharded)) == 6 * 6 + 4  # of each step, of three validations and of one test
     assert curve(sharded) == pytest.approx(curve(tmp_path / "whole"), rel=1e-3, abs=1e-4)
     assert same(weights(sharded), weights(tmp_path / "whole"), atol=1e-4)
     rows = [event for event in events(sharded) if event["e"] == "sample"]
