@@ -35,6 +35,9 @@ Where this file departs from the paper or from its released code, and why:
     selected or scored, in training and evaluation alike.
  9. Randomness is a function of (seed, step, row): it depends on neither ranks nor batches, and a
     resumed run continues exactly.
+10. `--cache block` (not in the paper) encodes what lies outside a block once a block. It draws from
+    a policy that is slightly another: its moves carry a truncated importance weight, and the run
+    logs how far the two are apart (cache/kl, cache/weight).
 
 Names end in their dimensions: B prompts of this rank, G samples a prompt, N = B*G rows
 (prompt-major), T denoising steps, K selected ones, S = N*K moves, R tokens a step, J positions of a
@@ -101,6 +104,7 @@ class Config:
     method: Literal["egspo", "diffu_grpo"] = "egspo"  # diffu_grpo: the one-step baseline of d1
     select: Literal["entropy", "uniform", "random", "all"] = "entropy"  # which K steps learn
     likelihood: Literal["tokens", "exact"] = "tokens"  # exact: count the choice of positions too
+    cache: Literal["none", "block"] = "none"  # block: encode the rest once a block; approximate
     order: Literal["low_confidence", "random"] = "low_confidence"  # which positions are revealed
     lam: float = 0.5  # weight of the stepwise advantage; 0 is EGSPO
     K: int = 8  # selected denoising steps of a trajectory
@@ -165,6 +169,10 @@ class Config:
         check(
             self.block % (self.C // self.T) == 0, "block",
             f"must be a multiple of C/T = {self.C // self.T}, so that a block takes whole steps",
+        )  # fmt: skip
+        check(
+            self.cache == "none" or self.likelihood == "tokens" or self.order == "random", "cache",
+            "the rollout does not know the exact probability of a move: take --likelihood tokens",
         )  # fmt: skip
         check(self.K <= self.T, "K", f"cannot select more steps than --T {self.T}")
         for length in self.lengths:
@@ -291,6 +299,9 @@ def rollout(
 ) -> Rollout:
     """Complete each prompt in T denoising steps (section 3); greedy at temperature 1 without noise.
 
+    With `cfg.cache` "block", only a block's first step encodes the whole sequence; the others renew
+    the block and see the rest as it was then (the dual cache of Fast-dLLM, arXiv 2505.22618).
+
     `watch(t, trajectories so far)` is called after each step. The host waits for the device once a
     block (which rows have ended?), never in between.
     """
@@ -308,11 +319,13 @@ def rollout(
         # sharded, every rank calls the network equally often: what has ended is decoded in vain
         rows = torch.arange(N, device=done_N.device) if cfg.shard else unfinished(done_N)
         prompt_nP, real_nL = prompt_NP[rows], with_completion(real_NP[rows], cfg.C)
+        at_J = P + first + torch.arange(J, device=rows.device)
+        cache = [[] for _ in policy.blocks] if cfg.cache == "block" else None
         for t in range(first // R, (first + J) // R):
             if len(rows) == 0:
                 break
             ids_nL = torch.cat((prompt_nP, token_NC[rows]), dim=1)
-            h_nJD = policy.hidden(ids_nL, real_nL)[:, P + first : P + first + J]
+            h_nJD = policy.hidden(ids_nL, real_nL, at_J, cache)
             u_nJ, place_nJ = (None, None) if u_NT2J is None else u_NT2J[rows, t].unbind(1)
             token_nJ, sure_nJ, entropy_nJ = draw(policy, h_nJD, u_nJ, temperature)
             random_order = cfg.order == "random" and place_nJ is not None
@@ -392,6 +405,7 @@ class Moves(NamedTuple):
     at_SR: Tensor  # positions in the completion
     token_SR: Tensor
     live_S: Tensor  # False: the row had ended, or a filler
+    drawn_S: Tensor | None = None  # log-prob of its tokens in the rollout, which may use a cache
     adv_S: Tensor | None = None
     old_S: Tensor | None = None  # log-prob under the policy that moved
     ref_S: Tensor | None = None  # log-prob under the reference
@@ -420,6 +434,7 @@ def gather_moves(roll: Rollout, t_NK: Tensor, mask: int) -> Moves:
         at_SR=at_SR,
         token_SR=token_SC.gather(1, at_SR),
         live_S=(when_SC == t_S1).any(1),
+        drawn_S=roll.sure_NC.repeat_interleave(K, dim=0).gather(1, at_SR).sum(1),
     )  # fmt: skip
 
 
@@ -441,6 +456,12 @@ def stepwise_advantages(
     total_B1K = torch.where(live_BGK, return_BGK, 0).sum(1, keepdim=True)
     mean_B1K = total_B1K / live_BGK.sum(1, keepdim=True).clamp(min=1)
     return torch.where(live_BGK, return_BGK - mean_B1K, 0).flatten(0, 1)
+
+
+def cache_weight(moves: Moves, cap: float = 2.0) -> Tensor:
+    """min(pi(a) / pi_cached(a), cap) [S]: a cached rollout draws from a policy that is slightly
+    another, and this truncated importance weight of its moves brings back the exact one."""
+    return (moves.old_S - moves.drawn_S).exp().clamp(max=cap)
 
 
 @torch.no_grad()
@@ -747,11 +768,12 @@ def train(run: Run, start: int) -> None:
             old_S, guess_SC = score(policy, moves, cfg, guess=cfg.method == "egspo" and cfg.lam > 0)
             with run.reference() as reference:
                 ref_S, _ = score(reference, moves, cfg)
+            moves = moves._replace(old_S=old_S, ref_S=ref_S)
 
         with log.phase(step, "score"):  # credit
             rewards, early_NK = judged.result(), judge_guesses(run, problems, guess_SC)
             adv_S = advantages(torch.tensor(rewards, device=ranks.device), early_NK, moves, cfg)
-            moves = moves._replace(adv_S=adv_S, old_S=old_S, ref_S=ref_S)
+            moves = moves._replace(adv_S=adv_S)
 
         with log.phase(step, "update"):  # learn
             set_learning_rate(run.optimizer, cfg, step)
@@ -803,7 +825,8 @@ def advantages(reward_N: Tensor, early_NK: Tensor | None, moves: Moves, cfg: Con
     live_NK = moves.live_S.view(len(reward_N), -1)
     if early_NK is None:
         early_NK = torch.zeros_like(live_NK, dtype=reward_N.dtype)  # lam is 0: not looked at
-    return stepwise_advantages(reward_N, early_NK, live_NK, cfg.G, cfg.lam).flatten()
+    adv_S = stepwise_advantages(reward_N, early_NK, live_NK, cfg.G, cfg.lam).flatten()
+    return adv_S * cache_weight(moves) if cfg.cache == "block" else adv_S
 
 
 def measure(
@@ -823,6 +846,9 @@ def measure(
         live_NK = moves.live_S.view(t_NK.shape)
         tally.add("entropy/sel", roll.entropy_NT.gather(1, t_NK), live_NK)
     tally.add("adv/abs", moves.adv_S.abs(), moves.live_S)
+    if cfg.cache == "block" and cfg.method == "egspo":
+        tally.add("cache/weight", cache_weight(moves), moves.live_S)
+        tally.add("cache/kl", moves.drawn_S - moves.old_S, moves.live_S)
     group_BG = value_N.unflatten(0, (-1, cfg.G))
     tally.add("zero_adv_frac", (group_BG == group_BG[:, :1]).all(1).float())
     tally.peak("ratio/max", torch.where(moves.live_S, ratio_S, 0))

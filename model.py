@@ -7,15 +7,16 @@ One bidirectional transformer serves both published families of masked diffusion
          the token at i + 1. `hidden` undoes that shift, so both families are aligned here.
 
 Written by hand so that no code comes from a hub, every shape is static (torch.compile sees one
-graph) and a row's result does not depend on its batch-mates. No dropout, no cache.
+graph) and a row's result does not depend on its batch-mates. No dropout.
 Files keep the published layout: config.json and the tensor names of the authors, and PEFT's format
 for adapters, so that what was trained here loads elsewhere and the other way round.
 
-Shapes: N rows, L positions, D width, H heads, E width of a head, R positions asked for, V rows of
-the head. Bad files raise one line: FileNotFoundError for what is absent, ValueError for the rest.
+Shapes: N rows, L positions, D width, H heads, E width of a head, J or R positions asked for, V rows
+of the head. Bad files raise one line: FileNotFoundError for what is absent, ValueError for the rest.
 """
 
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -232,11 +233,18 @@ class Block(nn.Module):
         self.up = nn.Linear(c.d_model, c.d_mlp, bias=c.bias)
         self.down = nn.Linear(c.d_mlp, c.d_model, bias=c.bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None,
+        at_J: Tensor | None = None, cache: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         h = self.attn_norm(x)
         qkv = self.q(h), self.k(h), self.v(h)
         q, k, v = (t.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for t in qkv)
         q, k = turn(q, cos, sin), turn(k, cos, sin)
+        if cache:  # x holds the positions at_J only; the others' keys and values are old
+            k, v = (old.index_copy_(2, at_J, new) for old, new in zip(cache, (k, v)))
+        elif cache is not None:
+            cache += k, v
         if self.group > 1:  # copied out: with a mask, fused attention takes no groups everywhere
             k, v = k.repeat_interleave(self.group, dim=1), v.repeat_interleave(self.group, dim=1)
         mixed = attend(q, k, v, seen)
@@ -258,11 +266,18 @@ class Transformer(nn.Module):
         if not config.tied:
             self.unembed = nn.Linear(config.d_model, config.vocab_size, bias=config.bias)
 
-    def hidden(self, ids_NL: Tensor, real_NL: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, ids_NL: Tensor, real_NL: Tensor | None = None,
+        at_J: Tensor | None = None, cache: list[list[Tensor]] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Hidden states [N, L, D], aligned: h[:, i] predicts the token at position i.
 
         `real_NL` is False at padding, which is never attended to; positions count real tokens, so
         a padded row equals the same row alone. What stands at padding itself means nothing.
+
+        With `at_J`, the states of these neighbouring positions only [N, J, D]. A `cache` (an empty
+        list for each block) keeps all keys and values of its first call; later calls compute the
+        positions at_J alone, and see of the others what was there then. Not for training.
         """
         c = self.config
         if real_NL is None:
@@ -270,17 +285,23 @@ class Transformer(nn.Module):
         else:
             place_NL, seen = real_NL.cumsum(1) - 1, real_NL[:, None, None, :]
         cos, sin = rotary(place_NL, c.d_model // c.n_heads, c.rope_theta)
-        x = self.embed(ids_NL)
+        x, narrow = self.embed(ids_NL), bool(cache and cache[0])
+        if narrow:
+            if c.family == "dream":  # the state before the first is needed too
+                at_J = torch.cat((at_J[:1] - 1, at_J))
+            x, place_NL = x[:, at_J], place_NL[:, at_J]
+            cos, sin = cos[:, :, at_J], sin[:, :, at_J]
         again = dict(use_reentrant=False, preserve_rng_state=False)  # nothing here is random
-        for block in self.blocks:
+        for block, kept in zip(self.blocks, cache or itertools.repeat(None)):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, seen, **again)
             else:
-                x = block(x, cos, sin, seen)
+                x = block(x, cos, sin, seen, at_J, kept)
         x = self.norm(x)
         if c.family == "dream":  # says at i - 1 what stands at i; the first has only itself to ask
             x = torch.where(place_NL[..., None] > 0, x.roll(1, dims=1), x)
-        return x
+            x = x[:, 1:] if narrow else x
+        return x if at_J is None or narrow else x[:, at_J]
 
     def head(self, h: Tensor) -> Tensor:
         """Float32 logits [..., V] of hidden states [..., D], whatever the weights' dtype."""

@@ -2,6 +2,7 @@
 
     python bench/throughput.py iteration    one iteration against a straightforward implementation
     python bench/throughput.py floor        rollout and update against the machine's matmul rate
+    python bench/throughput.py cache        a rollout at the paper's lengths with and without a cache
     python bench/throughput.py vocabulary   a rollout at V = 126,464 against V = 1,000
     python bench/throughput.py ranks        two processes of one thread against one process of one
     python bench/throughput.py log          the event log's share of an iteration
@@ -29,6 +30,7 @@ import torch
 
 import egspo
 import model
+import plumbing
 
 SHAPES = {
     "tiny": dict(d_model=128, n_layers=7, n_heads=4, mlp_hidden_size=352),
@@ -193,13 +195,25 @@ def floor(size: str) -> dict:
         lambda: egspo.update(net, optimizer, moves, cfg, egspo.Ranks(), egspo.Tally())
     )
     rate = max(rate, matmul_rate())
-    rollout_floor = N * cfg.T * egspo.forward_flops(net, L, cfg.block) / rate
+    rollout_floor = N * cfg.T * plumbing.forward_flops(net, L, cfg.block) / rate
     backward = 2 if cfg.lora_r else 3  # frozen weights have no gradient of their own
-    update_floor = S * backward * egspo.forward_flops(net, L, cfg.C // cfg.T) / rate
+    update_floor = S * backward * plumbing.forward_flops(net, L, cfg.C // cfg.T) / rate
     return dict(
         matmul_tflops=rate / 1e12, rollout_of_floor=rollout_floor / rollout_s,
         update_of_floor=update_floor / update_s, rollout_s=rollout_s, update_s=update_s,
     )  # fmt: skip
+
+
+def cache(size: str) -> dict:
+    """Two rows, 256 tokens in 128 steps and blocks of 32: 8 whole passes, 120 over a block."""
+    times, net = {}, None
+    for kind in ("none", "block"):
+        cfg = config(size, C=256, T=128, block=32, B=1, G=2, cache=kind)
+        net = net or egspo.accelerate(network(size, 1000, cfg), cfg, DEVICE)
+        times[kind] = seconds(lambda: act(net, size, cfg), repeats=2)
+    return dict(
+        exact_s=times["none"], cached_s=times["block"], times_faster=times["none"] / times["block"]
+    )
 
 
 def vocabulary(size: str) -> dict:
@@ -224,7 +238,7 @@ def memory(size: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(net.config.raw))
         cfg.model = folder
-        parts, _ = egspo.plan(cfg, egspo.use_bf16(cfg, DEVICE))
+        parts, _ = plumbing.plan(cfg, egspo.use_bf16(cfg, DEVICE))
     expected = sum(value for name, value in parts.items() if name not in ("parameters", "trained"))
     return dict(expected_gb=expected / 1e9, measured_gb=measured / 1e9, ratio=expected / measured)
 
@@ -280,7 +294,8 @@ def log(size: str) -> dict:
 
 def main() -> None:
     parts = dict(
-        iteration=iteration, floor=floor, vocabulary=vocabulary, ranks=ranks, log=log, memory=memory
+        iteration=iteration, floor=floor, cache=cache, vocabulary=vocabulary, ranks=ranks, log=log,
+        memory=memory,
     )  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=parts)

@@ -136,6 +136,34 @@ def test_large_vocabularies_are_cut_into_slabs_without_a_trace(policy, monkeypat
     assert egspo.slabs(3, 1, 1)  # the patched one: row by row
 
 
+def test_a_cached_rollout_starts_every_block_exactly_and_its_moves_are_weighed(policy):
+    exact, cached = settings(), settings(cache="block")
+    plain, near = act(policy, exact), act(policy, cached)
+    first_NC = plain.when_NC == 0  # nothing is old yet
+    assert torch.equal(first_NC, near.when_NC == 0)
+    assert torch.equal(plain.sure_NC[first_NC], near.sure_NC[first_NC])
+    for roll, cfg in ((plain, exact), (near, cached)):
+        t_NK = egspo.select_steps(roll.entropy_NT, cfg.T, "all")
+        moves = egspo.gather_moves(roll, t_NK, 257)
+        moves = moves._replace(old_S=egspo.score(policy, moves, cfg)[0])
+        weight_S = egspo.cache_weight(moves)
+        starts_S = (t_NK % (cfg.T * cfg.block // cfg.C) == 0).flatten() & moves.live_S
+        assert torch.allclose(weight_S[starts_S], torch.ones(()), atol=1e-4)
+        for S in (~starts_S & moves.live_S).nonzero().flatten().tolist():
+            row, t = divmod(S, cfg.T)
+            drawn = roll.sure_NC[row][roll.when_NC[row] == t].sum()
+            expected = min(math.exp(moves.old_S[S] - drawn), 2.0)
+            assert weight_S[S].item() == pytest.approx(expected, rel=1e-4)
+        others_S = weight_S[~starts_S & moves.live_S]
+        assert torch.allclose(others_S, torch.ones(()), atol=1e-3) == (cfg is exact)
+        reward_N, early_NK = torch.arange(6.0), torch.zeros(6, cfg.T)
+        plain_S = egspo.stepwise_advantages(
+            reward_N, early_NK, moves.live_S.view(6, -1), cfg.G, cfg.lam
+        ).flatten()
+        adv_S = egspo.advantages(reward_N, early_NK, moves, cfg)
+        assert torch.equal(adv_S, plain_S * weight_S if cfg is cached else plain_S)
+
+
 # ---- choose --------------------------------------------------------------------------------------
 
 

@@ -275,6 +275,29 @@ def test_asking_for_positions_gives_the_rows_of_the_full_answer(variant):
         assert torch.allclose(net.head(h[:, 4]), full[:, 4], atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", ["llada", "llada grouped-query", "dream"])
+def test_a_cache_renews_only_the_positions_asked_for(variant):
+    """In one layer keys and values are those of the tokens alone: there, a cached pass is exact."""
+    layers = "num_hidden_layers" if variant == "dream" else "n_layers"
+    ids_NL, at_J = some_ids(length=12), torch.arange(4, 7)
+    real_NL = torch.ones_like(ids_NL, dtype=torch.bool)
+    real_NL[0, :3] = False
+    inside, outside = ids_NL.clone(), ids_NL.clone()
+    inside[:, 4:7], outside[:, 9] = 7, 7
+    for depth in (1, 2):
+        net = make(VARIANTS[variant] | {layers: depth})
+        cache = [[] for _ in net.blocks]
+        with torch.no_grad():
+            full = net.hidden(ids_NL, real_NL)[:, 4:7]
+            seen = lambda ids: net.hidden(ids, real_NL, at_J, cache)
+            assert torch.equal(seen(ids_NL), full)
+            assert torch.allclose(seen(ids_NL), full, atol=1e-5)
+            assert torch.allclose(seen(outside), full, atol=1e-5)
+            exact = net.hidden(inside, real_NL)[:, 4:7]
+            assert torch.allclose(seen(inside), exact, atol=1e-5) == (depth == 1)
+            assert not torch.allclose(full, exact, atol=1e-2)
+
+
 @pytest.mark.parametrize("variant", ["llada", "dream"])
 def test_bf16_weights_give_float32_logits_near_the_exact_ones(variant, tmp_path):
     exact = model.from_config(VARIANTS[variant])
