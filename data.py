@@ -469,58 +469,32 @@ def evaluate(text: str, python: bool = False) -> tuple[Fraction, list[int]]:
 
 
 @lru_cache(maxsize=100_000)
-def expressions(numbers: tuple[int, ...]) -> dict[str, Fraction]:
-    """Every expression that uses each number once, in any order, with its value."""
-    if len(numbers) == 1:
-        return {str(numbers[0]): Fraction(numbers[0])}
+def countdown_values(numbers: tuple[int, ...]) -> dict[int, str]:
+    """What the numbers make in this order with + - * and no brackets: value -> one expression."""
     found = {}
-    for n in range(1, len(numbers)):
-        for left in itertools.combinations(range(len(numbers)), n):
-            one = expressions(tuple(numbers[i] for i in left))
-            other = expressions(tuple(numbers[i] for i in range(len(numbers)) if i not in left))
-            for (x, a), (y, b) in itertools.product(one.items(), other.items()):
-                x_factor = f"({x})" if "+" in x or "-" in x else x
-                y_factor = f"({y})" if "+" in y or "-" in y else y
-                found[f"{x} + {y}"] = a + b
-                found[f"{x} - {y_factor}"] = a - b
-                found[f"{x_factor} * {y_factor}"] = a * b
-                if b:
-                    found[f"{x_factor} / {y if y.isdigit() else f'({y})'}"] = a / b
+    for signs in itertools.product("+-*", repeat=len(numbers) - 1):
+        text = f"{numbers[0]}" + "".join(f" {sign} {n}" for sign, n in zip(signs, numbers[1:]))
+        found.setdefault(int(evaluate(text)[0]), text)
     return found
 
 
-def countdown_solutions(numbers: Iterable[int], target: int) -> list[str]:
-    """Every expression that makes the target from the numbers, with no needless brackets."""
-    return [text for text, value in expressions(tuple(sorted(numbers))).items() if value == target]
-
-
-def countdown_solution(numbers: tuple[int, ...], target: int) -> str | None:
-    """The shortest expression that makes the target from the numbers in this order, or None."""
-    found = (
-        text for text in countdown_solutions(numbers, target)
-        if tuple(map(int, re.findall(r"\d+", text))) == numbers
-    )  # fmt: skip
-    return min(found, key=lambda text: (len(text), text), default=None)
-
-
 def countdown_rows(split: str, data_dir: str | None) -> list[dict]:
-    """Three numbers of 1 to 9, in the order in which some expression makes the target of 1 to 50:
-    a search that a small model can learn. Splits share no (numbers, target), whatever the order of
-    the numbers. A countdown_test.jsonl in data_dir is the test split instead."""
+    """Three numbers of 1 to 9, in an order in which + - * alone make the target of 1 to 99: a small
+    model can learn that search. Splits share no (numbers, target), whatever the order of the
+    numbers. A countdown_test.jsonl in data_dir is the test split instead."""
     if split == "test" and (rows := stored("countdown_test", data_dir)):
         return rows
-    rng, pairs = random.Random("countdown"), []
-    for numbers in itertools.combinations_with_replacement(range(1, 10), 3):
-        values = set(expressions(numbers).values())
-        pairs += [(numbers, target) for target in range(1, 51) if target in values]
-    rng.shuffle(pairs)
+    rng, orders = random.Random("countdown"), {}
+    for numbers in itertools.product(range(1, 10), repeat=3):
+        for target in countdown_values(numbers):
+            if 1 <= target <= 99:
+                orders.setdefault((*sorted(numbers), target), []).append(numbers)
+    pairs = rng.sample(sorted(orders), len(orders))
     held = {"train": slice(2 * HELD_OUT, None), "val": slice(HELD_OUT)}
     rows = []
-    for numbers, target in pairs[held.get(split, slice(HELD_OUT, 2 * HELD_OUT))]:
-        orders = sorted({*itertools.permutations(numbers)})
-        orders = [order for order in orders if countdown_solution(order, target)]
-        kept = orders if split == "train" else [rng.choice(orders)]
-        rows += [{"numbers": list(order), "target": target} for order in kept]
+    for pair in pairs[held.get(split, slice(HELD_OUT, 2 * HELD_OUT))]:
+        kept = orders[pair] if split == "train" else [rng.choice(orders[pair])]
+        rows += [{"numbers": list(order), "target": pair[-1]} for order in kept]
     rng.shuffle(rows)
     return rows
 
@@ -534,7 +508,7 @@ def countdown_build(row: dict) -> tuple[str, dict]:
         numbers, target = row["numbers"], row["target"]
     if not 2 <= len(numbers) <= 6 or not all(type(n) is int for n in [*numbers, target]):
         raise ValueError(f"numbers are {numbers!r:.60} and target is {target!r:.60}")
-    solution = countdown_solution(tuple(numbers), target) if len(numbers) < 5 else None
+    solution = countdown_values(tuple(numbers)).get(target)
     prompt = f"{COUNTDOWN}\nNumbers: {' '.join(map(str, numbers))}\nTarget: {target}"
     return prompt, {"numbers": numbers, "target": target, "solution": solution}
 

@@ -41,7 +41,7 @@ Where this file departs from the paper or from its released code, and why:
 
 Names end in their dimensions: B prompts of this rank, G samples a prompt, N = B*G rows
 (prompt-major), T denoising steps, K selected ones, S = N*K moves, R tokens a step, J positions of a
-block, P prompt, C completion, L = P + C, V vocabulary, D width.
+block and H hidden ones, P prompt, C completion, L = P + C, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Config:
     method: Literal["egspo", "diffu_grpo"] = "egspo"  # diffu_grpo: the one-step baseline of d1
     select: Literal["entropy", "uniform", "random", "all"] = "entropy"  # which K steps learn
     likelihood: Literal["tokens", "exact"] = "tokens"  # exact: count the choice of positions too
-    cache: Literal["none", "block"] = "none"  # block: encode the rest once a block; approximate
+    cache: Literal["none", "block"] = "none"  # block: encode the other blocks once, not T times
     order: Literal["low_confidence", "random"] = "low_confidence"  # which positions are revealed
     lam: float = 0.5  # weight of the stepwise advantage; 0 is EGSPO
     K: int = 8  # selected denoising steps of a trajectory
@@ -254,25 +254,25 @@ def log_policy(policy: nn.Module, h: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits / temperature, dim=-1)
 
 
-def draw(policy: nn.Module, h_NJD: Tensor, u_NJ: Tensor | None, temperature: float):
-    """A token for every position, its log-prob and the entropy (nats) there: three [N, J].
+def draw(policy: nn.Module, h_NHD: Tensor, u_NH: Tensor | None, temperature: float):
+    """A token for every position, its log-prob and the entropy (nats) there: three [N, H].
 
     Sampling inverts the distribution function at `u`, in float64: one random number a position
     whatever the vocabulary, and the tail is sampled. Without `u`, the most probable token.
     """
     parts = []
-    for rows in slabs(h_NJD.shape[0], h_NJD.shape[1], policy.never_V.numel()):
-        logp_NJV = log_policy(policy, h_NJD[rows], temperature)
-        prob_NJV = logp_NJV.exp()
-        if u_NJ is None:
-            token_NJ = logp_NJV.argmax(-1)
+    for rows in slabs(h_NHD.shape[0], h_NHD.shape[1], policy.never_V.numel()):
+        logp_NHV = log_policy(policy, h_NHD[rows], temperature)
+        prob_NHV = logp_NHV.exp()
+        if u_NH is None:
+            token_NH = logp_NHV.argmax(-1)
         else:
-            cdf_NJV = prob_NJV.double().cumsum(-1)
-            spot_NJ1 = u_NJ[rows, :, None] * cdf_NJV[..., -1:]
-            token_NJ = torch.searchsorted(cdf_NJV, spot_NJ1, right=True).squeeze(-1)
-            token_NJ = token_NJ.clamp(max=cdf_NJV.shape[-1] - 1)  # nan finds no place
-        sure_NJ = logp_NJV.gather(-1, token_NJ[..., None]).squeeze(-1)
-        parts.append((token_NJ, sure_NJ, torch.special.entr(prob_NJV).sum(-1)))
+            cdf_NHV = prob_NHV.double().cumsum(-1)
+            spot_NH1 = u_NH[rows, :, None] * cdf_NHV[..., -1:]
+            token_NH = torch.searchsorted(cdf_NHV, spot_NH1, right=True).squeeze(-1)
+            token_NH = token_NH.clamp(max=cdf_NHV.shape[-1] - 1)  # nan finds no place
+        sure_NH = logp_NHV.gather(-1, token_NH[..., None]).squeeze(-1)
+        parts.append((token_NH, sure_NH, torch.special.entr(prob_NHV).sum(-1)))
     return [torch.cat(part) for part in zip(*parts)]
 
 
@@ -282,10 +282,15 @@ def slabs(rows: int, positions: int, vocabulary: int) -> list[slice]:
     return [slice(i, i + size) for i in range(0, rows, size)]
 
 
-def reveal(score_NJ: Tensor, hidden_NJ: Tensor, R: int) -> Tensor:
-    """The R hidden positions of highest score [N, R], surest first; ties go to the earlier one."""
-    score_NJ = score_NJ.masked_fill(~hidden_NJ, -math.inf)
-    return score_NJ.sort(dim=1, descending=True, stable=True).indices[:, :R]
+def reveal(score_NH: Tensor, R: int) -> Tensor:
+    """Which R of the H hidden positions have the highest score [N, R], surest first; ties go to the
+    earlier one."""
+    return score_NH.sort(dim=1, descending=True, stable=True).indices[:, :R]
+
+
+def places(where_NC: Tensor, count: int) -> Tensor:
+    """The first `count` positions at which it is True [N, count], in order."""
+    return where_NC.float().sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 
 @torch.no_grad()
@@ -325,17 +330,19 @@ def rollout(
             if len(rows) == 0:
                 break
             ids_nL = torch.cat((prompt_nP, token_NC[rows]), dim=1)
-            h_nJD = policy.hidden(ids_nL, real_nL, at_J, cache)
-            u_nJ, place_nJ = (None, None) if u_NT2J is None else u_NT2J[rows, t].unbind(1)
-            token_nJ, sure_nJ, entropy_nJ = draw(policy, h_nJD, u_nJ, temperature)
-            random_order = cfg.order == "random" and place_nJ is not None
-            hidden_nJ = ids_nL[:, P + first : P + first + J] == mask
-            at_nR = reveal(place_nJ if random_order else sure_nJ, hidden_nJ, R)
-            cells = rows[:, None], first + at_nR
-            token_NC[cells] = token_nJ.gather(1, at_nR)
+            at_nH = places(ids_nL[:, at_J] == mask, first + J - t * R)  # every row hides as many
+            h_nHD = pick(policy.hidden(ids_nL, real_nL, at_J, cache), at_nH)
+            u_nH = place_nH = None
+            if u_NT2J is not None:
+                u_nH, place_nH = (u_nJ.gather(1, at_nH) for u_nJ in u_NT2J[rows, t].unbind(1))
+            token_nH, sure_nH, entropy_nH = draw(policy, h_nHD, u_nH, temperature)
+            random_order = cfg.order == "random" and place_nH is not None
+            best_nR = reveal(place_nH if random_order else sure_nH, R)
+            cells = rows[:, None], first + at_nH.gather(1, best_nR)
+            token_NC[cells] = token_nH.gather(1, best_nR)
             roll.when_NC[cells] = t
-            roll.sure_NC[cells] = sure_nJ.gather(1, at_nR)
-            roll.entropy_NC[cells] = entropy_nJ.gather(1, at_nR)
+            roll.sure_NC[cells] = sure_nH.gather(1, best_nR)
+            roll.entropy_NC[cells] = entropy_nH.gather(1, best_nR)
             roll.forwards += len(rows)
             if cfg.shard:
                 forget(roll, done_N, slice(first, first + J), mask)
@@ -405,10 +412,10 @@ class Moves(NamedTuple):
     at_SR: Tensor  # positions in the completion
     token_SR: Tensor
     live_S: Tensor  # False: the row had ended, or a filler
-    drawn_S: Tensor | None = None  # log-prob of its tokens in the rollout, which may use a cache
     adv_S: Tensor | None = None
     old_S: Tensor | None = None  # log-prob under the policy that moved
     ref_S: Tensor | None = None  # log-prob under the reference
+    drawn_S: Tensor | None = None  # log-prob of its tokens in the rollout, which may use a cache
 
     def take(self, rows: Tensor) -> Moves:
         return Moves(*(None if x is None else x[rows] for x in self))
@@ -427,7 +434,7 @@ def gather_moves(roll: Rollout, t_NK: Tensor, mask: int) -> Moves:
         for x in (roll.token_NC, roll.when_NC, roll.prompt_NP, roll.real_NP)
     )
     t_S1 = t_NK.reshape(-1, 1)
-    at_SR = (when_SC == t_S1).float().sort(dim=1, descending=True, stable=True).indices[:, :R]
+    at_SR = places(when_SC == t_S1, R)
     return Moves(
         prompt_SP, real_SP,
         state_SC=torch.where(when_SC < t_S1, token_SC, mask),
@@ -467,11 +474,12 @@ def cache_weight(moves: Moves, cap: float = 2.0) -> Tensor:
 @torch.no_grad()
 def greedy_guess(policy: nn.Module, h_SCD: Tensor, state_SC: Tensor) -> Tensor:
     """The one-step completion [S, C]: the most probable token wherever the state is hidden."""
-    parts = []
-    for rows in slabs(*state_SC.shape, policy.never_V.numel()):
-        logits_SCV = policy.head(h_SCD[rows]).masked_fill(policy.never_V, -math.inf)
-        parts.append(logits_SCV.argmax(-1))
-    return torch.where(state_SC == policy.config.mask_id, torch.cat(parts), state_SC)
+    hidden_SC, parts = state_SC == policy.config.mask_id, []
+    h_MD = h_SCD[hidden_SC]  # M masks in all
+    for rows in slabs(len(h_MD), 1, policy.never_V.numel()):
+        logits_MV = policy.head(h_MD[rows]).masked_fill(policy.never_V, -math.inf)
+        parts.append(logits_MV.argmax(-1))
+    return state_SC.masked_scatter(hidden_SC, torch.cat(parts)) if parts else state_SC
 
 
 # ---- learn ---------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ Files keep the published layout: config.json and the tensor names of the authors
 for adapters, so that what was trained here loads elsewhere and the other way round.
 
 Shapes: N rows, L positions, D width, H heads, E width of a head, J or R positions asked for, V rows
-of the head. Bad files raise one line: FileNotFoundError for what is absent, ValueError for the rest.
+of the head. Bad files raise one line: FileNotFoundError if absent, ValueError for the rest.
 """
 
 import importlib.util

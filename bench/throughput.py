@@ -2,7 +2,7 @@
 
     python bench/throughput.py iteration    one iteration against a straightforward implementation
     python bench/throughput.py floor        rollout and update against the machine's matmul rate
-    python bench/throughput.py cache        a rollout at the paper's lengths with and without a cache
+    python bench/throughput.py cache        a rollout at the paper's lengths with a cache and without
     python bench/throughput.py vocabulary   a rollout at V = 126,464 against V = 1,000
     python bench/throughput.py ranks        two processes of one thread against one process of one
     python bench/throughput.py log          the event log's share of an iteration

@@ -43,7 +43,7 @@ def settings(**changes) -> egspo.Config:
 
 
 def moves_from(policy, state_C, cfg):
-    """Every (move, probability) from a state: all draws of the hidden positions, through `reveal`."""
+    """Every (move, probability) from a state: all draws of what is hidden, through `reveal`."""
     logp_CV = egspo.log_policy(policy, policy.hidden(state_C[None]), cfg.temperature)[0]
     hidden_C = state_C == MASK
     spots = hidden_C.nonzero().flatten().tolist()
@@ -61,7 +61,8 @@ def moves_from(policy, state_C, cfg):
                 for pair in pairs
             ]
         for score_C, share in orders:
-            at_R = egspo.reveal(score_C[None], hidden_C[None], C // T)[0].sort().values
+            score_C = score_C.masked_fill(~hidden_C, -torch.inf)
+            at_R = egspo.reveal(score_C[None], C // T)[0].sort().values
             move = (tuple(at_R.tolist()), tuple(token_C[at_R].tolist()))
             found[move] = found.get(move, 0) + prob * share
     return found

@@ -325,7 +325,7 @@ def test_help_lists_every_flag_with_its_comment():
     assert "selected denoising steps" in done.stdout
 
 
-# ---- adapters, real models ------------------------------------------------------------------------
+# ---- adapters, real models -----------------------------------------------------------------------
 
 
 def test_an_adapter_run_resumes_exactly_is_a_model_and_merges(toy, tmp_path):
@@ -376,7 +376,7 @@ def test_the_real_chat_templates_work_without_remote_code(tmp_path, toy):
     assert tokenizer.decode(ids).endswith(
         "<|im_start|>user\n" + problem.prompt + "<|im_end|>\n<|im_start|>assistant\n"
     )
-    # LLaDA's vocabulary is not here: its settings over the toy's, with the config that asks for code
+    # LLaDA's vocabulary is not here: its settings over the toy's, with the config that wants code
     for file in (llada / "config.json", llada / "tokenizer_config.json", toy / "tokenizer.json"):
         (tmp_path / file.name).write_text(file.read_text())
     tokenizer = egspo.load_tokenizer(tmp_path, "llada")
