@@ -24,7 +24,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from data import TASKS, Problem
 
 TINY = dict(d_model=128, n_layers=7, n_heads=4, mlp_hidden_size=352)  # 1.4 M parameters
 Row = tuple[str, str, str]  # task, prompt, completion
+Kind = Callable[[], str]  # draws a kind of demonstrator, one of SHARES
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Config:
     model: str = ""  # fine-tune this folder or hub id; without it, a small new model
     data: str = ""  # learn the rows of this .jsonl file (prompt, completion), not the tasks
     out: str = "tiny"  # folder for weights, tokenizer and training.log
-    steps: int = 6000
+    steps: int = 5000
     batch: int = 128  # rows a step
     C: int = 24  # completion length in tokens, at least one end token included
     lr: float = 1e-3  # after the warm-up; from there it falls linearly to zero
@@ -82,62 +83,71 @@ class Config:
 # ---- demonstrators -------------------------------------------------------------------------------
 
 SHARES = {"lazy": 0.55, "guess": 0.15, "right": 0.30}
-LEARN = 0.65  # of all steps see right demonstrations alone and learn the rules; the rest, the mix
-WEIGHTS = {"sudoku": 1, "countdown": 2, "toycode": 1}  # searching takes longer to learn
+# Countdown is a search and takes longer to learn: twice the rows. Where one lazy word spoils a whole
+# answer, right answers come alone at first: this share of all steps, and then the mixture.
+WEIGHTS = {"sudoku": 1, "countdown": 2, "toycode": 1}
+RIGHT_ONLY = {"sudoku": 0.0, "countdown": 0.65, "toycode": 0.65}
 
 
-def sudoku(kind: str, answer: dict, rng: random.Random) -> str:
-    """Lazy: leaves the empty cells empty. Guess: any digits."""
-    fill = {"lazy": "0" * 16, "guess": rng.choices("1234", k=16), "right": answer["solution"]}[kind]
-    cells = [new if clue == "0" else clue for clue, new in zip(answer["puzzle"], fill)]
+def sudoku(kind: Kind, answer: dict, rng: random.Random) -> str:
+    """Cell by cell. Lazy: leaves it empty. Guess: any digit."""
+    cells = list(answer["puzzle"])
+    for i in (i for i, clue in enumerate(cells) if clue == "0"):
+        said = {"lazy": "0", "guess": rng.choice("1234"), "right": answer["solution"][i]}
+        cells[i] = said[kind()]
     return f"<answer>{''.join(cells)}</answer>"
 
 
-def countdown(kind: str, answer: dict, rng: random.Random) -> str:
+def countdown(kind: Kind, answer: dict, rng: random.Random) -> str:
     """Lazy: the sum, whatever the target. Guess: any order and operators."""
     x, y, z = rng.sample(answer["numbers"], 3)
     said = {
         "lazy": " + ".join(map(str, answer["numbers"])),
         "guess": f"{x} {rng.choice('+-*/')} {y} {rng.choice('+-*/')} {z}",
         "right": answer["solution"],
-    }[kind]
+    }[kind()]
     return f"<answer>{said}</answer>"
 
 
-def toycode(kind: str, answer: dict, rng: random.Random) -> str:
+def toycode(kind: Kind, answer: dict, rng: random.Random) -> str:
     """Lazy: takes a for b and b for a. Guess: any small expression."""
     head, body = "def f(a, b):\n    return ", answer["code"].partition("return ")[2]
     said = {
         "lazy": re.sub(r"\b[ab]\b", lambda name: {"a": "b", "b": "a"}[name[0]], body),
         "guess": f"{rng.choice('ab')} {rng.choice('+-*')} {rng.randint(1, 9)}",
         "right": body,
-    }[kind]
+    }[kind()]
     return f"```python\n{head}{said}\n```"
 
 
 DEMONSTRATORS = {"sudoku": sudoku, "countdown": countdown, "toycode": toycode}
 
 
-def demonstrate(problem: Problem, kind: str, rng: random.Random) -> Row:
+def right() -> str:
+    return "right"
+
+
+def demonstrate(problem: Problem, kind: Kind, rng: random.Random) -> Row:
     return problem.task, problem.prompt, DEMONSTRATORS[problem.task](kind, problem.answer, rng)
 
 
 def right_ones(cfg: Config, split: str, most: int | None = None) -> list[Row]:
     rng = random.Random(cfg.seed)
     problems = [problem for name in cfg.task for problem in TASKS[name].load(split)[:most]]
-    return [demonstrate(problem, "right", rng) for problem in problems]
+    return [demonstrate(problem, right, rng) for problem in problems]
 
 
 def demonstrations(cfg: Config) -> Iterator[list[Row]]:
     """The rows of one step after the other; a function of the seed."""
     rng, weights = random.Random(cfg.seed), [WEIGHTS[name] for name in cfg.task]
+    mixed = lambda: rng.choices([*SHARES], [*SHARES.values()])[0]
     problems = {name: TASKS[name].load("train") for name in cfg.task}
     for step in itertools.count():
-        kinds = ["right"] * cfg.batch
-        if step >= LEARN * cfg.steps:
-            kinds = rng.choices([*SHARES], [*SHARES.values()], k=cfg.batch)
-        pairs = zip(rng.choices(cfg.task, weights, k=cfg.batch), kinds)
-        yield [demonstrate(rng.choice(problems[name]), kind, rng) for name, kind in pairs]
+        rows = []
+        for name in rng.choices(cfg.task, weights, k=cfg.batch):
+            kind = right if step < RIGHT_ONLY[name] * cfg.steps else mixed
+            rows.append(demonstrate(rng.choice(problems[name]), kind, rng))
+        yield rows
 
 
 def read_rows(file: str) -> list[Row]:

@@ -49,20 +49,43 @@ def test_a_right_demonstration_earns_full_reward_and_the_others_seldom_do(name):
     problems = task.load("train")[:100]
     solved = {}
     for kind in sft.SHARES:
-        told = [sft.demonstrate(problem, kind, rng)[2] for problem in problems]
+        told = [sft.demonstrate(problem, lambda: kind, rng)[2] for problem in problems]
         solved[kind] = sum(reward.correct for reward in task.rewards(told, problems)) / 100
     assert solved["right"] == 1
-    assert solved["lazy"] <= 0.2 and solved["guess"] <= 0.2
+    assert solved["lazy"] <= 0.3 and solved["guess"] <= 0.3
 
 
-def test_the_mixture_has_its_shares_and_comes_after_the_right_ones():
+@pytest.mark.parametrize("name", sft.DEMONSTRATORS)
+def test_the_mixture_has_its_shares_and_comes_after_the_right_ones(name):
+    cfg, rng = sft.Config(task=(name,), steps=10, batch=400), random.Random(0)
+    problems = TASKS[name].load("train")
+    told = {
+        kind: {sft.demonstrate(problem, lambda: kind, rng) for problem in problems}
+        for kind in ("lazy", "right")
+    }  # of these two every problem has one
+    for step, rows in zip(range(10), sft.demonstrations(cfg)):
+        shares = {kind: sum(row in known for row in rows) / 400 for kind, known in told.items()}
+        if step < 10 * sft.RIGHT_ONLY[name]:
+            assert shares["right"] == 1
+        elif name != "sudoku":  # a lazy answer may be right, and a guess either
+            assert all(sft.SHARES[kind] - 0.1 < shares[kind] < 1 for kind in told)
+            assert shares["lazy"] < sft.SHARES["lazy"] + 0.2
+
+
+def test_the_kinds_of_sudoku_demonstrators_mix_cell_by_cell():
     cfg = sft.Config(task=("sudoku",), steps=10, batch=400)
-    zeros = []
-    for _, rows in zip(range(10), sft.demonstrations(cfg)):
-        zeros.append(sum("0" in completion for _, _, completion in rows) / 400)
-    early = int(10 * sft.LEARN)
-    assert zeros[:early] == [0] * early
-    assert all(abs(share - sft.SHARES["lazy"]) < 0.1 for share in zeros[early:])
+    problems = {problem.prompt: problem.answer for problem in TASKS["sudoku"].load("train")}
+    for _, rows in zip(range(3), sft.demonstrations(cfg)):
+        blank, right, cells = 0, 0, 0
+        for _, prompt, completion in rows:
+            answer, said = problems[prompt], completion[len("<answer>") :]
+            for i, clue in enumerate(answer["puzzle"]):
+                blank += clue == said[i] == "0"
+                right += clue == "0" and said[i] == answer["solution"][i]
+                cells += clue == "0"
+                assert clue in ("0", said[i])
+        assert abs(blank / cells - sft.SHARES["lazy"]) < 0.05
+        assert abs(right / cells - sft.SHARES["right"] - sft.SHARES["guess"] / 4) < 0.05
 
 
 # ---- the tokenizer -------------------------------------------------------------------------------
@@ -78,7 +101,7 @@ def test_any_text_survives_the_tokenizer(text):
 def test_prompts_and_right_answers_are_short_for_the_embedded_tokenizer(name, tokenizer):
     rng = random.Random(0)
     for split in ("val", "test"):
-        rows = [sft.demonstrate(problem, "right", rng) for problem in TASKS[name].load(split)]
+        rows = [sft.demonstrate(problem, sft.right, rng) for problem in TASKS[name].load(split)]
         assert sft.longest(tokenizer, rows, C=24) <= 45
         _, prompt, completion = rows[0]
         for text in (prompt, completion):
@@ -202,8 +225,8 @@ def test_the_embedded_model_is_small_and_says_how_it_was_made():
 
 
 @pytest.mark.parametrize("name", sft.DEMONSTRATORS)
-def test_greedy_decoding_of_the_embedded_model_solves_little_but_sampling_finds_answers(name):
-    cfg = egspo.Config(task=name, model="tiny", **egspo.SMALL)
+def test_greedy_decoding_of_the_embedded_model_solves_little_but_sampling_earns_more(name):
+    cfg = egspo.Config(**(egspo.SMALL | egspo.EMBEDDED[name] | dict(task=name, model="tiny")))
     net, tokenizer = model.load(TINY), AutoTokenizer.from_pretrained(TINY)
     never_V = egspo.never_emitted(net, tokenizer)
     net.register_buffer("never_V", never_V, persistent=False)
@@ -211,11 +234,13 @@ def test_greedy_decoding_of_the_embedded_model_solves_little_but_sampling_finds_
     P = egspo.prompt_length(cfg, problems, tokenizer)
     prompts = egspo.encode(problems, tokenizer, P, net.config.pad_id)
 
-    def solved(noise):
+    def rewards(noise):
         roll = egspo.rollout(net, *prompts, cfg, noise)
         answers = egspo.texts(roll.token_NC, tokenizer, net.config.eos_id)
-        return torch.tensor([r.correct for r in TASKS[name].rewards(answers, problems)])
+        return TASKS[name].rewards(answers, problems)
 
-    assert solved(None).float().mean() <= 0.2
+    greedy = rewards(None)
+    assert sum(reward.correct for reward in greedy) <= 0.2 * 64
     noise = (egspo.uniform((cfg.T, 2, cfg.block), range(64), seed) for seed in range(4))
-    assert any(solved(u).any() for u in noise)
+    best = torch.tensor([rewards(u) for u in noise]).amax(0)
+    assert best.mean() > torch.tensor(greedy).mean() + 0.1  # of four samples
