@@ -83,10 +83,8 @@ class Config:
 # ---- demonstrators -------------------------------------------------------------------------------
 
 SHARES = {"lazy": 0.55, "guess": 0.15, "right": 0.30}
-# Countdown is a search and takes longer to learn: twice the rows. Where one lazy word spoils a whole
-# answer, right answers come alone at first: this share of all steps, and then the mixture.
-WEIGHTS = {"sudoku": 1, "countdown": 2, "toycode": 1}
-RIGHT_ONLY = {"sudoku": 0.0, "countdown": 0.65, "toycode": 0.65}
+RIGHT_ONLY = 0.65  # of all steps: right demonstrations alone, to learn the rules; then the mixture
+WEIGHTS = {"sudoku": 1, "countdown": 2, "toycode": 1}  # a search takes longer to learn
 
 
 def sudoku(kind: Kind, answer: dict, rng: random.Random) -> str:
@@ -145,7 +143,7 @@ def demonstrations(cfg: Config) -> Iterator[list[Row]]:
     for step in itertools.count():
         rows = []
         for name in rng.choices(cfg.task, weights, k=cfg.batch):
-            kind = right if step < RIGHT_ONLY[name] * cfg.steps else mixed
+            kind = right if step < RIGHT_ONLY * cfg.steps else mixed
             rows.append(demonstrate(rng.choice(problems[name]), kind, rng))
         yield rows
 
