@@ -473,7 +473,7 @@ def countdown_values(numbers: tuple[int, ...]) -> dict[int, str]:
     """What the numbers make in this order with + - * and no brackets: value -> one expression."""
     found = {}
     for signs in itertools.product("+-*", repeat=len(numbers) - 1):
-        text = f"{numbers[0]}" + "".join(f" {sign} {n}" for sign, n in zip(signs, numbers[1:]))
+        text = str(numbers[0]) + "".join(f" {sign} {n}" for sign, n in zip(signs, numbers[1:]))
         found.setdefault(int(evaluate(text)[0]), text)
     return found
 
@@ -489,12 +489,13 @@ def countdown_rows(split: str, data_dir: str | None) -> list[dict]:
         for target in countdown_values(numbers):
             if 1 <= target <= 99:
                 orders.setdefault((*sorted(numbers), target), []).append(numbers)
-    pairs = rng.sample(sorted(orders), len(orders))
+    problems = rng.sample(sorted(orders), len(orders))
     held = {"train": slice(2 * HELD_OUT, None), "val": slice(HELD_OUT)}
     rows = []
-    for pair in pairs[held.get(split, slice(HELD_OUT, 2 * HELD_OUT))]:
-        kept = orders[pair] if split == "train" else [rng.choice(orders[pair])]
-        rows += [{"numbers": list(order), "target": pair[-1]} for order in kept]
+    for *numbers, target in problems[held.get(split, slice(HELD_OUT, 2 * HELD_OUT))]:
+        kept = orders[*numbers, target]
+        kept = kept if split == "train" else [rng.choice(kept)]
+        rows += [{"numbers": list(order), "target": target} for order in kept]
     rng.shuffle(rows)
     return rows
 
