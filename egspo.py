@@ -1144,8 +1144,6 @@ def main() -> int:
         if ranks.world > 1 and ("gloo" in str(error) or isinstance(error, dist.DistError)):
             return 1  # another rank has ended, and said why
         raise
-    finally:
-        ranks.close()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ egspo.Config, `run` an egspo.Run, `roll` an egspo.Rollout.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import fcntl
@@ -25,6 +26,10 @@ from typing import TYPE_CHECKING, Callable
 
 import torch
 import torch.distributed as dist
+
+# Before there is a group: this module keeps the one it finds when it is imported (at the latest by
+# the first optimizer) beyond destroy_process_group, and its threads then abort some exits.
+import torch.distributed.nn.functional  # noqa: F401
 from torch import Tensor, nn
 
 import model
@@ -63,6 +68,7 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if self.world > 1:
             dist.init_process_group("nccl" if cuda else "gloo")
+            atexit.register(dist.destroy_process_group)
 
     def rows(self, N: int) -> range:
         """The numbers of this rank's N rows in the rollout of all ranks."""
@@ -91,10 +97,6 @@ class Ranks:
         flat = self.sum(torch.cat([grad.flatten() for grad in grads]))
         for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
             grad.copy_(part.view_as(grad))
-
-    def close(self) -> None:
-        if self.world > 1 and dist.is_initialized():
-            dist.destroy_process_group()
 
 
 class Tally:

@@ -238,6 +238,26 @@ def test_two_processes_equal_one_with_the_same_total_work(toy, tmp_path, method)
     assert evals(tmp_path / "one") == pytest.approx(evals(tmp_path / "two"), abs=1e-4)
 
 
+def test_no_thread_of_the_ranks_is_left_at_the_end(tmp_path):
+    """Gloo's own, alive while the interpreter is taken down, abort one exit in some hundreds."""
+    script = tmp_path / "leave.py"
+    script.write_text(
+        "import atexit, os, sys\n"
+        "tasks = lambda: (f'/proc/self/task/{i}/comm' for i in os.listdir('/proc/self/task'))\n"
+        "names = lambda: [open(task).read() for task in tasks()]\n"
+        "atexit.register(lambda: print(sum('gloo' in name for name in names()), file=sys.stderr))\n"
+        f"sys.path.insert(0, {str(REPO)!r})\n"
+        "import plumbing, torch\n"
+        "ranks = plumbing.Ranks()\n"
+        "torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])\n"
+        "assert ranks.any(True) and any('gloo' in name for name in names())\n"
+    )
+    start = command(ranks=2)[:-1]
+    done = subprocess.run([*start, script], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.split()[-2:] == ["0", "0"]
+
+
 def test_an_error_on_the_first_rank_ends_all_with_one_message(toy, tmp_path):
     out = tmp_path / "full"
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
