@@ -24,3 +24,10 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests recorded (record_property), with or without workers: the printed biases."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name:<56} {value}")
