@@ -191,12 +191,12 @@ class Config:
 
 # What a small model wants instead of the paper's settings for an 8B one
 SMALL = dict(
-    steps=25, eval_every=5, save_every=5, B=16, C=24, T=12, block=24, K=4, lr=3e-4, warmup=2,
+    steps=25, eval_every=5, save_every=5, B=16, C=24, T=12, block=24, K=4, lr=1e-4, warmup=2,
     max_grad_norm=1.0, micro=128, lora_r=0, checkpointing=False, beta=0.01, weight_decay=0.0,
 )  # fmt: skip
 EMBEDDED = {  # what the embedded model was made for, and what each task wants otherwise
-    "sudoku": dict(lr=1e-4),
-    "countdown": dict(T=24, block=8, lr=3e-4),  # one operator a step; eight tokens say it all
+    "sudoku": {},
+    "countdown": dict(steps=50, T=24, block=8),  # one operator a step; eight tokens say it all
     "toycode": {},
 }
 LONG = dict(B=2, G=4, micro=8)  # the other tasks' prompts are fifty times longer
@@ -257,29 +257,48 @@ def log_policy(policy: nn.Module, h: Tensor, temperature: float) -> Tensor:
 def draw(policy: nn.Module, h_NHD: Tensor, u_NH: Tensor | None, temperature: float):
     """A token for every position, its log-prob and the entropy (nats) there: three [N, H].
 
-    Sampling inverts the distribution function at `u`, in float64: one random number a position
-    whatever the vocabulary, and the tail is sampled. Without `u`, the most probable token.
+    Sampling inverts the distribution function at `u`: one random number a position whatever the
+    vocabulary, and the tail is sampled. Without `u`, the most probable token.
     """
-    parts = []
-    for rows in slabs(h_NHD.shape[0], h_NHD.shape[1], policy.never_V.numel()):
-        logp_NHV = log_policy(policy, h_NHD[rows], temperature)
-        prob_NHV = logp_NHV.exp()
-        if u_NH is None:
-            token_NH = logp_NHV.argmax(-1)
-        else:
-            cdf_NHV = prob_NHV.double().cumsum(-1)
-            spot_NH1 = u_NH[rows, :, None] * cdf_NHV[..., -1:]
-            token_NH = torch.searchsorted(cdf_NHV, spot_NH1, right=True).squeeze(-1)
-            token_NH = token_NH.clamp(max=cdf_NHV.shape[-1] - 1)  # nan finds no place
-        sure_NH = logp_NHV.gather(-1, token_NH[..., None]).squeeze(-1)
-        parts.append((token_NH, sure_NH, torch.special.entr(prob_NHV).sum(-1)))
-    return [torch.cat(part) for part in zip(*parts)]
+    h_MD, parts = h_NHD.flatten(0, 1), []  # M positions in all
+    for some in slabs(h_MD, policy.never_V):
+        logp_MV = log_policy(policy, h_MD[some], temperature)
+        prob_MV = logp_MV.exp()
+        token_M = logp_MV.argmax(-1) if u_NH is None else sample(prob_MV, u_NH.flatten()[some])
+        sure_M = logp_MV.gather(1, token_M[:, None]).squeeze(1)
+        parts.append((token_M, sure_M, torch.special.entr(prob_MV).sum(1)))
+    return [torch.cat(part).view(h_NHD.shape[:2]) for part in zip(*parts)]
 
 
-def slabs(rows: int, positions: int, vocabulary: int) -> list[slice]:
-    """Cut rows so that no slab's logits pass 2^24 numbers (64 MiB): memory without a knob."""
-    size = max(1, 2**24 // (positions * vocabulary))
-    return [slice(i, i + size) for i in range(0, rows, size)]
+def sample(prob_MV: Tensor, u_M: Tensor, W: int = 512) -> Tensor:
+    """The token [M] at `u` of the distribution function: first which W tokens, then which of them.
+
+    So that float64, which the tail needs, is paid for W numbers and not for the vocabulary.
+    """
+    prob_MXW = nn.functional.pad(prob_MV, (0, -prob_MV.shape[1] % W)).unflatten(1, (-1, W))
+    part_M, rest_M = invert(prob_MXW.sum(2), u_M)
+    return part_M * W + invert(prob_MXW[torch.arange(len(u_M)), part_M], rest_M)[0]
+
+
+def invert(prob_MX: Tensor, u_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the running sum passes the share `u` of the total, and which share of the number there
+    comes before that spot: two [M]."""
+    cdf_MX = prob_MX.double().cumsum(1)
+    spot_M1 = u_M[:, None] * cdf_MX[:, -1:]
+    at_M1 = torch.searchsorted(cdf_MX, spot_M1, right=True)
+    at_M1 = at_M1.clamp(max=cdf_MX.shape[1] - 1)  # nan finds no place
+    rest_M1 = 1 - (cdf_MX.gather(1, at_M1) - spot_M1) / prob_MX.gather(1, at_M1)
+    return at_M1.squeeze(1), rest_M1.squeeze(1).clamp(min=0)
+
+
+def slabs(h_MD: Tensor, never_V: Tensor) -> list[slice]:
+    """Cut positions so that their logits stay small: memory without a knob.
+
+    64 MiB a slab, and 16 on a CPU, whose allocator asks the system anew for anything larger.
+    """
+    most = 2**22 if never_V.device.type == "cpu" else 2**24
+    size = max(1, most // len(never_V))
+    return [slice(i, i + size) for i in range(0, len(h_MD), size)]
 
 
 def reveal(score_NH: Tensor, R: int) -> Tensor:
@@ -476,8 +495,8 @@ def greedy_guess(policy: nn.Module, h_SCD: Tensor, state_SC: Tensor) -> Tensor:
     """The one-step completion [S, C]: the most probable token wherever the state is hidden."""
     hidden_SC, parts = state_SC == policy.config.mask_id, []
     h_MD = h_SCD[hidden_SC]  # M masks in all
-    for rows in slabs(len(h_MD), 1, policy.never_V.numel()):
-        logits_MV = policy.head(h_MD[rows]).masked_fill(policy.never_V, -math.inf)
+    for some in slabs(h_MD, policy.never_V):
+        logits_MV = policy.head(h_MD[some]).masked_fill(policy.never_V, -math.inf)
         parts.append(logits_MV.argmax(-1))
     return state_SC.masked_scatter(hidden_SC, torch.cat(parts)) if parts else state_SC
 

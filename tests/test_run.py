@@ -96,9 +96,9 @@ def test_a_run_leaves_everything_that_the_monitor_and_a_reader_need(whole, toy):
     assert [event["it"] for event in log if event["e"] == "ckpt"] == [2, 4, 6]
     steps = [event for event in log if event["e"] == "step"]
     assert [event["it"] for event in steps] == list(range(6))
-    wanted = "reward/mean reward/std loss kl clip_frac clip_hi clip_lo ratio/mean ratio/max adv/abs " \
-        "grad_norm lr entropy/mean entropy/sel zero_adv_frac len/mean len/max trunc_frac tok_s " \
-        "t/rollout t/score t/logp t/update t/total eta_s"  # fmt: skip
+    wanted = "reward/mean reward/std loss kl clip_frac clip_hi clip_lo ratio/mean ratio/max " \
+        "adv/abs grad_norm lr entropy/mean entropy/sel zero_adv_frac len/mean len/max trunc_frac " \
+        "tok_s t/rollout t/score t/logp t/update t/total eta_s"  # fmt: skip
     for event in steps:
         assert set(wanted.split()) <= event["m"].keys()
         assert len(event["ent"]) == 6 and sum(event["sel"]) == event["n"] * 2

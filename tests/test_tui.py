@@ -846,8 +846,9 @@ def test_scripts_get_json_a_list_lines_and_pictures(runs, tmp_path):
 
 def test_a_frame_needs_neither_textual_nor_torch_nor_numpy(runs):
     code = (
-        f"import sys; sys.argv = ['tui.py', {str(runs / 'sudoku')!r}, '--once']; import tui; tui.main();"
-        "bad = {'torch', 'numpy', 'textual', 'asyncio'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+        f"import sys; sys.argv = ['tui.py', {str(runs / 'sudoku')!r}, '--once']\n"
+        "import tui; tui.main()\n"
+        "sys.exit(str({'torch', 'numpy', 'textual', 'asyncio'} & {*sys.modules} or '') or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
