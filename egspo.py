@@ -55,12 +55,15 @@ import io
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterator, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import (
+    Callable, Iterator, Literal, NamedTuple, Sequence, get_args, get_origin, get_type_hints,
+)  # fmt: skip
 
 import torch
 import torch.distributed as dist
@@ -69,9 +72,9 @@ from torch import Tensor, nn
 import data
 import model
 from plumbing import (
-    EventLog, Halt, Ranks, StopSignal, Tally, accelerate, can_compile, compact, demand_finite,
-    describe_run, dry_run, freeze, last_checkpoint, load_shards, make_optimizer, note_evaluation,
-    progress, save_checkpoint, say, set_learning_rate, shard, use_bf16,
+    EventLog, Halt, Ranks, StopSignal, Tally, accelerate, can_compile, compact, complain,
+    demand_finite, describe_run, dry_run, freeze, last_checkpoint, load_shards, make_optimizer,
+    model_name, note_evaluation, progress, save_checkpoint, say, set_learning_rate, shard, use_bf16,
 )  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
@@ -174,10 +177,20 @@ class Config:
             self.cache == "none" or self.likelihood == "tokens" or self.order == "random", "cache",
             "the rollout does not know the exact probability of a move: take --likelihood tokens",
         )  # fmt: skip
+        check(
+            self.cache == "none" or self.method == "egspo", "cache",
+            "diffu_grpo does not score the moves that were made: take --method egspo",
+        )  # fmt: skip
         check(self.K <= self.T, "K", f"cannot select more steps than --T {self.T}")
+        if self.select == "all":
+            self.K = self.T
+        for flag in ("lengths", "samples"):
+            check(self.eval_only or not getattr(self, flag), flag, "goes with --eval-only")
         for length in self.lengths:
-            fits = length > 0 and length % 2 == 0 and length % min(self.block, length) == 0
-            check(fits, "lengths", f"each must be even and a multiple of --block {self.block}")
+            block = min(self.block, length)
+            fits = length > 0 and block % 2 == 0 and length % block == 0
+            check(fits, "lengths", f"each, and --block {self.block} if shorter, must be even; "
+                  "a longer length must be a multiple of the block")  # fmt: skip
         check(
             self.quantize == "none" or self.lora_r > 0, "quantize",
             "quantised weights are frozen: train adapters with --lora-r 128",
@@ -234,7 +247,7 @@ class Rollout:
         return self.per_step(self.entropy_NC)
 
 
-def uniform(shape: tuple[int, ...], rows: range, *key) -> Tensor:
+def uniform(shape: tuple[int, ...], rows: Sequence[int], *key) -> Tensor:
     """Uniform numbers [len(rows), *shape] in float64, a function of `key` and the row alone.
 
     Each row of the whole step's rollout has its own stream, so neither ranks nor batch-mates change
@@ -277,7 +290,9 @@ def sample(prob_MV: Tensor, u_M: Tensor, W: int = 512) -> Tensor:
     """
     prob_MXW = nn.functional.pad(prob_MV, (0, -prob_MV.shape[1] % W)).unflatten(1, (-1, W))
     part_M, rest_M = invert(prob_MXW.sum(2), u_M)
-    return part_M * W + invert(prob_MXW[torch.arange(len(u_M)), part_M], rest_M)[0]
+    prob_MW = prob_MXW.gather(1, part_M[:, None, None].expand(-1, 1, W)).squeeze(1)
+    token_M = part_M * W + invert(prob_MW, rest_M)[0]
+    return token_M.clamp(max=prob_MV.shape[1] - 1)  # nan finds no place
 
 
 def invert(prob_MX: Tensor, u_M: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,7 +301,7 @@ def invert(prob_MX: Tensor, u_M: Tensor) -> tuple[Tensor, Tensor]:
     cdf_MX = prob_MX.double().cumsum(1)
     spot_M1 = u_M[:, None] * cdf_MX[:, -1:]
     at_M1 = torch.searchsorted(cdf_MX, spot_M1, right=True)
-    at_M1 = at_M1.clamp(max=cdf_MX.shape[1] - 1)  # nan finds no place
+    at_M1 = at_M1.clamp(max=cdf_MX.shape[1] - 1)
     rest_M1 = 1 - (cdf_MX.gather(1, at_M1) - spot_M1) / prob_MX.gather(1, at_M1)
     return at_M1.squeeze(1), rest_M1.squeeze(1).clamp(min=0)
 
@@ -327,7 +342,7 @@ def rollout(
     the block and see the rest as it was then (the dual cache of Fast-dLLM, arXiv 2505.22618).
 
     `watch(t, trajectories so far)` is called after each step. The host waits for the device once a
-    block (which rows have ended?), never in between.
+    block (which rows have ended?), and in between only where `watch` does.
     """
     (N, P), J, R = prompt_NP.shape, cfg.block, cfg.C // cfg.T
     end, mask = policy.config.eos_id, policy.config.mask_id
@@ -648,6 +663,7 @@ def update(policy: nn.Module, optimizer, moves: Moves, cfg: Config, ranks: Ranks
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tally.add("grad_norm", norm.detach())
+    tally.add("lr", optimizer.param_groups[0]["lr"])
     return torch.cat(ratios)[: len(moves.live_S)]
 
 
@@ -670,7 +686,7 @@ def encode(problems: list[data.Problem], tokenizer, P: int, pad: int) -> tuple[T
 
 
 def batch(problems: list[data.Problem], B: int, step: int, seed: int, ranks: Ranks):
-    """This rank's B problems of a step, and its rows of the step's whole rollout.
+    """This rank's B problems of a step.
 
     Every epoch is a permutation of its own; nothing is drawn and thrown away.
     """
@@ -713,8 +729,9 @@ def evaluate(run: Run, problems: list[data.Problem], cfg: Config) -> dict[str, f
         asked = [problem for problem in filled for _ in range(n)]
         u_NT2J = None
         if cfg.samples:
-            rows = range(first * n, first * n + len(asked))
-            u_NT2J = uniform((cfg.T, 2, cfg.block), rows, cfg.seed, ranks.rank, "evaluate")
+            numbers = (ranks.rank + ranks.world * i for i in range(first, first + size))
+            rows = [number * n + i for number in numbers for i in range(n)]
+            u_NT2J = uniform((cfg.T, 2, cfg.block), rows, cfg.seed, "evaluate")
             u_NT2J = u_NT2J.to(ranks.device)
         roll = rollout(policy, *run.prompts(asked), cfg, u_NT2J)
         real = slice(len(chunk) * n)
@@ -755,7 +772,7 @@ class Run:
     policy: nn.Module
     tokenizer: object
     ranks: Ranks
-    reference: Callable | None = None  # () -> context manager that yields the network it started as
+    reference: Callable | None = None  # () -> context manager: the network without what was learnt
     optimizer: torch.optim.Optimizer | None = None
     train_set: list[data.Problem] = ()
     val_set: list[data.Problem] = ()
@@ -876,8 +893,8 @@ def measure(
     if cfg.cache == "block" and cfg.method == "egspo":
         tally.add("cache/weight", cache_weight(moves), moves.live_S)
         tally.add("cache/kl", moves.drawn_S - moves.old_S, moves.live_S)
-    group_BG = value_N.unflatten(0, (-1, cfg.G))
-    tally.add("zero_adv_frac", (group_BG == group_BG[:, :1]).all(1).float())
+    idle_B = (moves.adv_S.reshape(len(rewards) // cfg.G, -1).abs() < 1e-6).all(1)
+    tally.add("zero_adv_frac", idle_B.float())
     tally.peak("ratio/max", torch.where(moves.live_S, ratio_S, 0))
     length_N = roll.lengths(end)
     tally.add("len/mean", length_N)
@@ -918,14 +935,16 @@ def open_run(cfg: Config, ranks: Ranks, stop: StopSignal) -> tuple[Run, int]:
     if checkpoint:
         state = torch.load(checkpoint / "trainer.pt", map_location=ranks.device, weights_only=True)
         start = state["step"]
+        if start > cfg.steps:
+            raise ValueError(f"--steps {cfg.steps}: the run in {out} has done {start}")
         if cfg.shard:
             load_shards(policy, optimizer, checkpoint / "sharded")
         else:
             optimizer.load_state_dict(state["optimizer"])
     accelerate(policy, cfg, ranks.device)
+    log = log or EventLog(cfg, ranks)
     if ranks.rank == 0:
         describe_run(cfg, out)
-    log = log or EventLog(cfg, ranks)
     log.meta(resume=start if cfg.resume else None)
     introduce(cfg, policy, ranks, start)
     run = Run(
@@ -952,23 +971,16 @@ def load_policy(cfg: Config, path: str, ranks: Ranks) -> tuple[nn.Module, object
     frozen = cfg.lora_r > 0
     dtype = torch.bfloat16 if frozen and use_bf16(cfg, ranks.device) else torch.float32
     net = model.load(path, ranks.device, dtype, cfg.quantize, cfg.revision or None)
-    if cfg.lora_r > 0 and not model.adapters(net):
+    found = [*model.adapters(net).values()]
+    if found:
+        cfg.lora_r = len(found[0].lora_A)  # goes on with the adapter that there is
+    elif cfg.lora_r > 0:
         torch.manual_seed(cfg.seed)  # the adapters start alike on all ranks
         model.add_lora(net, cfg.lora_r, cfg.lora_alpha)
     net.checkpointing = cfg.checkpointing
-    tokenizer = load_tokenizer(model.find_folder(path, cfg.revision or None), net.config.family)
+    tokenizer = model.load_tokenizer(path, cfg.revision or None)
     net.register_buffer("never_V", never_emitted(net, tokenizer).to(ranks.device), persistent=False)
     return net, tokenizer
-
-
-def load_tokenizer(folder: Path, family: str):
-    """Without remote code: Dream's own class is Qwen2's under another name."""
-    from transformers import AutoTokenizer, Qwen2Tokenizer, logging
-
-    logging.set_verbosity_error()  # it warns that it does not know the model; it need not
-    if family == "dream":
-        return Qwen2Tokenizer.from_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def never_emitted(net: nn.Module, tokenizer) -> Tensor:
@@ -982,32 +994,33 @@ def never_emitted(net: nn.Module, tokenizer) -> Tensor:
 
 
 def model_folder(path: str) -> str:
-    """A run folder stands for its best checkpoint by validation accuracy, or else its latest."""
-    for name in ("best", "latest"):
-        if (Path(path) / "checkpoints" / name).exists():
-            return str(Path(path) / "checkpoints" / name)
-    return path
+    """A run folder stands for its best checkpoint by validation accuracy, or else its latest;
+    links are followed at once, for they move."""
+    for folder in (Path(path) / "checkpoints" / name for name in ("best", "latest")):
+        if folder.exists():
+            return str(folder.resolve())
+    return str(Path(path).resolve()) if Path(path).is_symlink() else path
 
 
 def evaluate_only(cfg: Config, ranks: Ranks) -> int:
-    """The test split, once: a table on the terminal, its numbers in a file beside the weights."""
+    """The test split, once: a table on the terminal, its numbers in a file in --out (by default
+    beside the weights)."""
     problems = load_problems(cfg, "test", cfg.eval_n)
     policy, tokenizer = load_policy(cfg, cfg.model, ranks)
     cfg.P = prompt_length(cfg, problems, tokenizer)
     accelerate(policy, cfg, ranks.device)
     run = Run(cfg, policy, tokenizer, ranks)
-    folder = Path(cfg.model).resolve() if Path(cfg.model).is_dir() else Path(cfg.out)
-    validation = folder / "validation.json"
+    validation, folder = Path(cfg.model) / "validation.json", Path(cfg.out)
     if validation.exists():
         m = json.loads(validation.read_text())
-        say(f"{folder}: validation accuracy {m['accuracy']} after {m['step']} steps")
+        say(f"{cfg.model}: validation accuracy {m['accuracy']} after {m['step']} steps")
     how = f"{cfg.samples} samples each" if cfg.samples else "greedy"
     say(f"{len(problems)} test problems of {cfg.task}, {how}")
     say("length  steps  accuracy  [95 % interval]  reward  tokens  tokens/s  forwards  seconds")
     results = []
     for length in cfg.lengths or (cfg.C,):
         shape = dict(C=length, T=length // 2, block=min(cfg.block, length)) if cfg.lengths else {}
-        at = dataclasses.replace(cfg, **shape, K=1)
+        at = dataclasses.replace(cfg, **shape, K=1, lengths=())
         m = evaluate(run, problems, at)
         results.append({"task": cfg.task, "split": "test", "length": at.C, "T": at.T, **m})
         say(
@@ -1027,7 +1040,8 @@ def evaluate_only(cfg: Config, ranks: Ranks) -> int:
 
 def merge(cfg: Config, ranks: Ranks) -> int:
     """Fold the adapter of --model into full weights, a model folder of its own in --out."""
-    policy, tokenizer = load_policy(dataclasses.replace(cfg, lora_r=0), cfg.model, ranks)
+    whole = dataclasses.replace(cfg, lora_r=0, quantize="none")
+    policy, tokenizer = load_policy(whole, cfg.model, ranks)
     if not model.adapters(policy):
         raise ValueError(f"--merge: {cfg.model} has no adapter")
     model.merge_lora(policy)
@@ -1070,30 +1084,37 @@ def introduce(cfg: Config, policy: nn.Module, ranks: Ranks, start: int) -> None:
     say(f"watch it: python tui.py {cfg.out}")
 
 
+def given(argv: list[str], flag: str) -> str | None:
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(flag + "="):
+            return word.partition("=")[2]
+    return None
+
+
+def restarted(argv: list[str]) -> bool:
+    """Has torchrun (--max-restarts) started this run anew after a failure? Then it goes on."""
+    out, times = given(argv, "--out"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return times != "0" and bool(out) and (Path(out) / "config.json").exists()
+
+
 def preset(argv: list[str]) -> Config:
     """The defaults that fit: those of the run to resume, or those of the model's size."""
-
-    def given(flag: str) -> str | None:
-        for i, word in enumerate(argv):
-            if word == flag and i + 1 < len(argv):
-                return argv[i + 1]
-            if word.startswith(flag + "="):
-                return word.partition("=")[2]
-        return None
-
     if "--resume" in argv:
-        file = Path(given("--out") or "") / "config.json"
-        if not given("--out"):
+        out = given(argv, "--out")
+        if not out:
             raise ValueError("--resume: say which run with --out runs/<name>")
+        file = Path(out) / "config.json"
         if not file.exists():
-            raise ValueError(f"--resume: no run in --out {given('--out')} (no config.json there)")
+            raise ValueError(f"--resume: no run in --out {out} (no config.json there)")
         try:
             return Config(**model.read_json(file))
         except TypeError as error:
             raise ValueError(f"{file}: not of this version ({error})") from None
     default = "GSAI-ML/LLaDA-8B-Instruct" if torch.cuda.is_available() else "tiny"
-    path = model_folder(given("--model") or "") or default
-    own = EMBEDDED.get(given("--task") or "sudoku", LONG)
+    path = model_folder(given(argv, "--model") or "") or default
+    own = EMBEDDED.get(given(argv, "--task") or "sudoku", LONG)
     return Config(model=path, **(SMALL | own if is_small(path) else {}))
 
 
@@ -1109,6 +1130,8 @@ def parse(argv: list[str]) -> Config:
     """The command line as a checked Config; ValueError, in one line, where something is wrong."""
     import tyro
 
+    if restarted(argv) and "--resume" not in argv:
+        argv = [*argv, "--resume"]
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -1120,9 +1143,11 @@ def parse(argv: list[str]) -> Config:
         told = itertools.takewhile(lambda line: line.strip("─╰╯"), body)  # up to the first rule
         raise ValueError(" ".join(told).removeprefix("Error parsing Config: ")) from None
     cfg.model = model_folder(cfg.model)
-    if not cfg.out:
+    if not cfg.out and cfg.eval_only and cfg.model != "tiny" and Path(cfg.model).is_dir():
+        cfg.out = cfg.model
+    elif not cfg.out:
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        cfg.out = f"runs/{cfg.task}-{Path(cfg.model).name}-{stamp}"
+        cfg.out = f"runs/{cfg.task}-{model_name(cfg.model)}-{stamp}"
     out = Path(cfg.out)
     if not cfg.resume and not cfg.eval_only and (out / "events.jsonl").exists():
         raise ValueError(f"--out {out} holds a run: continue it with --resume, or name another")
@@ -1133,8 +1158,7 @@ def parse(argv: list[str]) -> Config:
 
 
 def main() -> int:
-    stop = StopSignal()
-    ranks = run = None
+    ranks = run = stop = None
     try:
         cfg = parse(sys.argv[1:])
         data.SANDBOX_OPTIONS["unsafe"] = cfg.unsafe_code
@@ -1145,11 +1169,15 @@ def main() -> int:
             return merge(cfg, ranks)
         if cfg.eval_only:
             return evaluate_only(cfg, ranks)
+        stop = StopSignal()
+        cfg.out = ranks.gather(cfg.out)[0]  # a default name holds the time, and clocks differ
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         run, start = open_run(cfg, ranks, stop)
     except (ValueError, OSError) as error:
-        say(f"egspo: {error}", file=sys.stderr)
+        complain(error, ranks, stop)
         return 2
+    except KeyboardInterrupt:
+        return 130
     try:
         train(run, start)
         run.log.end("finished")

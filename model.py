@@ -21,7 +21,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -393,8 +393,14 @@ def published(name: str, family: str) -> str:
     return ".".join(NAMES[part][column] if part in NAMES else part for part in name.split("."))
 
 
-def find_folder(path: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model: a folder, "tiny" (the embedded one), or a hub id, which is fetched."""
+KINDS = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # files of a model
+
+
+def find_folder(
+    path: str | Path, revision: str | None = None, kinds: Iterable[str] = KINDS
+) -> Path:
+    """The folder of a model: a folder, "tiny" (the embedded one), or a hub id, of which the files
+    that match `kinds` are fetched."""
     if Path(path).is_dir():
         return Path(path)
     if str(path) == "tiny":
@@ -404,9 +410,8 @@ def find_folder(path: str | Path, revision: str | None = None) -> Path:
         from huggingface_hub import snapshot_download
 
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the line below says it once
-        kinds = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
         try:
-            return Path(snapshot_download(str(path), revision=revision, allow_patterns=kinds))
+            return Path(snapshot_download(str(path), revision=revision, allow_patterns=[*kinds]))
         except (OSError, ValueError) as error:  # offline, unknown id or revision, gated, disk full
             at = f" at revision {revision}" if revision else ""
             reason += f", and not to be had from the hub{at} ({type(error).__name__})"
@@ -415,6 +420,19 @@ def find_folder(path: str | Path, revision: str | None = None) -> Path:
         f"--model {path}: {reason}; put config.json, the *.safetensors and the tokenizer files of"
         f" {source} into a folder and pass --model FOLDER"
     )
+
+
+def load_tokenizer(path: str | Path, revision: str | None = None):
+    """The tokenizer of a model's folder, without remote code: Dream's own class is Qwen2's under
+    another name."""
+    from transformers import AutoTokenizer, Qwen2Tokenizer, logging
+
+    logging.set_verbosity_error()  # it warns that it does not know the model; it need not
+    folder = find_folder(path, revision)
+    known = (folder / "config.json").is_file() and read_json(folder / "config.json")
+    if known and str(known.get("model_type")).lower() == "dream":
+        return Qwen2Tokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 @contextmanager

@@ -52,8 +52,9 @@ class Halt(Exception):
 
 def demand_finite(name: str, x: Tensor, ranks: Ranks) -> None:
     """Stop all ranks, before anything is changed, if this number is nan or inf on any of them."""
-    if ranks.any(not torch.isfinite(x)):
-        raise Halt(f"{name} is {x.item()}")
+    here = bool(torch.isfinite(x))
+    if ranks.any(not here):
+        raise Halt(f"{name} is {'not finite on another rank' if here else x.item()}")
 
 
 class Ranks:
@@ -152,6 +153,16 @@ def say(line: str, file=None) -> None:
         print(line, file=file, flush=True)
 
 
+def complain(error: Exception, ranks: Ranks | None, stop: StopSignal | None) -> None:
+    """One line to stderr: from the first rank, or from another whose trouble the first has not."""
+    if ranks is None or ranks.rank == 0:
+        say(f"egspo: {error}", file=sys.stderr)
+        return
+    time.sleep(2)  # where the first has said it and ended, torchrun ends this one meanwhile
+    if stop is None or stop.signal is None:
+        print(f"egspo: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
+
+
 def progress(iterable, what: str, ranks: Ranks):
     """A bar for what takes longer than two seconds, on a terminal."""
     from tqdm import tqdm
@@ -175,8 +186,8 @@ def use_bf16(cfg: Config, device: torch.device) -> bool:
 def accelerate(net: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
     """The one place where speed is bought: bf16 autocast, and torch.compile of each block.
 
-    The blocks are alike, so they share one compiled graph for each shape; the head and everything
-    after it stay in float32. Parameter names do not change.
+    The blocks are alike, so they share one compiled graph for each shape; the head stays in the
+    weights' own precision, all after it in float32. Parameter names do not change.
     """
     if use_bf16(cfg, device):
         net.hidden = torch.autocast(device.type, torch.bfloat16)(net.hidden)
@@ -304,8 +315,9 @@ def load_shards(policy: nn.Module, optimizer: torch.optim.Optimizer, folder: Pat
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints and the best one."""
     saved = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    best = (folder / "best").resolve().name
     for old in saved[:-keep]:
-        if old != (folder / "best").resolve():
+        if old.name != best:
             shutil.rmtree(old)
 
 
@@ -372,7 +384,7 @@ class EventLog:
 
     def __init__(self, cfg: Config, ranks: Ranks):
         self.cfg, self.ranks = cfg, ranks
-        self.fd, self.q, self.it, self.lost = None, 0, 0, 0
+        self.fd, self.q, self.it, self.lost, self.torn = None, 0, 0, 0, False
         self.wrote = self.shown = time.monotonic()
         self.seconds: dict[str, float] = {}
         self.pace: list[float] = []
@@ -402,8 +414,9 @@ class EventLog:
                 if len(line) >= self.LONGEST and optional in fields:
                     fields[optional] = None
                     line = head + json.dumps(compact(fields), separators=(",", ":"))[1:]
+            text = ("\n" * self.torn + line + "\n").encode()
             try:
-                os.write(self.fd, (line + "\n").encode())
+                self.torn = os.write(self.fd, text) < len(text)  # the disk is full
                 if durable:
                     os.fsync(self.fd)
             except OSError as error:
@@ -424,7 +437,7 @@ class EventLog:
         self.write(
             "meta", v=1, run=Path(cfg.out).name, host=platform.node(),
             boot=boot.read_text().strip() if boot.exists() else "", pid=os.getpid(),
-            git=git_commit(), argv=sys.argv, model=Path(cfg.model).name, task=cfg.task,
+            git=git_commit(), argv=sys.argv, model=model_name(cfg.model), task=cfg.task,
             iters=cfg.steps, T=cfg.T, K=cfg.K, L=cfg.C, block=cfg.block,
             N=cfg.B * cfg.G * self.ranks.world, G=cfg.G, cfg=dataclasses.asdict(cfg), resume=resume,
         )  # fmt: skip
@@ -472,7 +485,6 @@ class EventLog:
         left = (cfg.steps - step - 1) * sum(self.pace) / len(self.pace)
         m["reward/std"] = math.sqrt(max(0.0, m.pop("reward/square") - m["reward/mean"] ** 2))
         m["clip_frac"] = m["clip_hi"] + m["clip_lo"]
-        m["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
         m["tok_s"] = m["len/mean"] * len(roll.token_NC) * self.ranks.world / self.seconds["rollout"]
         m.update({f"t/{name}": self.seconds[name] for name in PHASES})
         m.update({"t/total": total, "eta_s": left})
@@ -480,7 +492,10 @@ class EventLog:
             m["mem/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         live_NT = roll.entropy_NT > -math.inf
         ent_T = torch.where(live_NT, roll.entropy_NT, 0).sum(0) / live_NT.sum(0)
-        sel_T = [] if t_NK is None else torch.bincount(t_NK.flatten(), minlength=cfg.T).tolist()
+        sel_T = []
+        if t_NK is not None:  # steps after a row's end fill up its K and do not count
+            t_M = t_NK[live_NT.gather(1, t_NK)]
+            sel_T = torch.bincount(t_M, minlength=cfg.T).tolist()
         self.write("step", it=step, m=m, ent=ent_T.tolist(), sel=sel_T, n=len(roll.token_NC))
         say(
             f"step {step + 1:>4}/{cfg.steps}  reward {m['reward/mean']:.3f}"
@@ -507,16 +522,17 @@ class EventLog:
         for row in dict.fromkeys((0, min(G, len(problems) - 1) // G * G)):
             ids = roll.token_NC[row].tolist()
             K = 0 if t_NK is None else t_NK.shape[1]
-            own = slice(row * K, (row + 1) * K)
-            guess = guess_SC is not None and guess_SC[own].tolist()
+            own = [i for i in range(row * K, (row + 1) * K) if moves.live_S[i]]
+            guess = None if guess_SC is None else guess_SC[own].tolist()
             self.write(
                 "sample", it=step, s=row, p=row // G, g=row % G, prompt=problems[row].prompt,
                 tok=pieces(ids, run.tokenizer), rev=roll.when_NC[row].tolist(),
                 tent=(roll.entropy_NC[row] * 50).round().int().tolist(),
                 ent=roll.entropy_NT[row].tolist(),
-                sel=t_NK[row].tolist() if K else [],
-                srw=early_NK[row].tolist() if guess else [],
-                adv=moves.adv_S[own].tolist(), ratio=ratio_S[own].tolist(),
+                sel=t_NK.flatten()[own].tolist() if K else [],
+                srw=early_NK.flatten()[own].tolist() if guess else [],
+                adv=moves.adv_S[own].tolist() if K else [],
+                ratio=ratio_S[own].tolist() if K else [],
                 rw={"reward": float(rewards[row]), **rewards[row].parts},
                 gold=str(problems[row].answer)[:200], pred=answers[row][-200:],
                 ok=rewards[row].correct, eos=0, len=length[row],
@@ -553,6 +569,12 @@ def pieces(ids: list[int], tokenizer) -> list[str]:
     return texts
 
 
+def model_name(path: str) -> str:
+    """What to call a model: a checkpoint by its run."""
+    folder = Path(path)
+    return folder.parents[1].name if folder.parent.name == "checkpoints" else folder.name
+
+
 def git_commit() -> str:
     ask = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
     with contextlib.suppress(OSError):
@@ -566,7 +588,10 @@ def git_commit() -> str:
 def describe_run(cfg: Config, out: Path) -> None:
     """What a reader needs to repeat the run: settings, source and versions."""
     text = json.dumps(dataclasses.asdict(cfg) | {"resume": False}, indent=2)
-    (out / "config.json").write_text(text + "\n")
+    temporary = out / ".config.json"
+    temporary.write_text(text + "\n")
+    sync(temporary)
+    os.replace(temporary, out / "config.json")  # the old one or the new one, whenever we are killed
     (out / "source").mkdir(exist_ok=True)
     for file in HERE.glob("*.py"):
         shutil.copy(file, out / "source")
@@ -593,7 +618,7 @@ def forward_flops(net: nn.Module, L: int, positions: int) -> float:
 
 def plan(cfg: Config, bf16: bool, ranks: int = 1) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes at the peak of a rank by part, FLOPs of its iteration by phase, from shapes alone."""
-    folder = model.find_folder(cfg.model, cfg.revision or None)
+    folder = model.find_folder(cfg.model, cfg.revision or None, ["config.json"])
     net = model.from_config(folder, "meta")
     wide, d_ff = 2 if bf16 else 4, net.blocks[0].up.out_features
     if cfg.lora_r:

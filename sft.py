@@ -21,7 +21,6 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,10 +32,11 @@ import torch.nn.functional as F
 import tyro
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import model
 from data import TASKS, Problem
+from plumbing import can_compile
 
 TINY = dict(d_model=128, n_layers=7, n_heads=4, mlp_hidden_size=352)  # 1.4 M parameters
 Row = tuple[str, str, str]  # task, prompt, completion
@@ -50,7 +50,7 @@ class Config:
     task: tuple[str, ...] = ("sudoku", "countdown", "toycode")  # demonstrated tasks
     model: str = ""  # fine-tune this folder or hub id; without it, a small new model
     data: str = ""  # learn the rows of this .jsonl file (prompt, completion), not the tasks
-    out: str = "tiny"  # folder for weights, tokenizer and training.log
+    out: str = ""  # folder for weights, tokenizer and training.log; a new model's is tiny
     steps: int = 5000
     batch: int = 128  # rows a step
     C: int = 24  # completion length in tokens, at least one end token included
@@ -75,9 +75,11 @@ class Config:
             check(getattr(self, flag) >= 0, flag, "must be at least 0")
         check(0 < self.lr < 1, "lr", "must be above 0 and below 1")
         check(not self.data or Path(self.data).is_file(), "data", "no such file")
-        compiler = shutil.which("g++") or shutil.which("clang++")
-        check(not self.compile or compiler, "compile", "no g++ or clang++: pass --no-compile")
         check(not self.lora_r or self.model, "lora_r", "adapters need a --model to adapt")
+        check(not self.model or self.out, "out", "with --model, say where the tuned one goes")
+        self.out = self.out or "tiny"
+        same = self.model and Path(self.out).resolve() == Path(self.model).resolve()
+        check(not same, "out", "would overwrite --model: name another folder")
 
 
 # ---- demonstrators -------------------------------------------------------------------------------
@@ -294,7 +296,7 @@ def open_model(cfg: Config, rows: list[Row]):
         net = model.load(cfg.model, device, torch.bfloat16 if frozen else torch.float32)
         if cfg.lora_r:
             model.add_lora(net, cfg.lora_r, alpha=cfg.lora_r)
-        return net, AutoTokenizer.from_pretrained(cfg.model)
+        return net, model.load_tokenizer(cfg.model)
     tokenizer = make_tokenizer(rows)
     raw = dict(
         TINY, model_type="llada", architectures=["LLaDAModelLM"], vocab_size=len(tokenizer),
@@ -323,7 +325,9 @@ def train(cfg: Config, argv: list[str]) -> None:
     held_ids_NL, held_real_NL = encode(tokenizer, held, P, C, net.config)
     learnt = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learnt, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    if cfg.compile:
+    if cfg.compile and not can_compile():
+        print("warning: no C++ compiler (g++ or clang++) found: --no-compile, 4 times slower")
+    elif cfg.compile:
         net.compile(dynamic=False)
 
     out = Path(cfg.out)
@@ -357,9 +361,9 @@ def train(cfg: Config, argv: list[str]) -> None:
             shares = accuracy(net, held_ids_NL, held_real_NL, C, [row[0] for row in held])
             each = (time.perf_counter() - began) / (step - told)
             told, began = step, time.perf_counter()
-            right = "  ".join(f"{task} {share:.3f}" for task, share in shares.items())
+            scores = "  ".join(f"{task} {share:.3f}" for task, share in shares.items())
             left = (cfg.steps - step) * each / 60
-            say(out, f"step {step:5}  loss {mean:.4f}  {right}  lr {lr:.1e}  {each:.2f} s/step  "
+            say(out, f"step {step:5}  loss {mean:.4f}  {scores}  lr {lr:.1e}  {each:.2f} s/step  "
                      f"left {left:.1f} min")  # fmt: skip
         if step % cfg.save_every == 0 or step == cfg.steps:
             model.save(net, out)

@@ -103,6 +103,34 @@ def test_sampling_follows_the_policy_and_its_tail(policy):
     assert token.item() == 4 and sure.item() < -33  # p = 2e-15 is reachable: float32 is too coarse
 
 
+def test_a_large_vocabulary_is_sampled_like_a_small_one_and_nan_draws_a_token():
+    logits_MV = 3 * torch.randn(200, 1300, generator=torch.Generator().manual_seed(0)).double()
+    logits_MV[:, 600:] -= 40  # far out in the tail, in other parts of the vocabulary
+
+    class Plain(torch.nn.Module):
+        never_V = torch.zeros(1300, dtype=torch.bool)
+
+        def head(self, h):
+            return h
+
+    share = 1 - torch.logspace(-20, 0, 200, dtype=torch.float64)[:, None]
+    token_M1, _, _ = egspo.draw(Plain(), logits_MV[:, None], share, 1.0)
+    cdf_MV = logits_MV.softmax(1).cumsum(1)
+    want_M = (cdf_MV <= share * cdf_MV[:, -1:]).sum(1).clamp(max=1299)
+    near_M1 = cdf_MV.gather(1, token_M1) - share * cdf_MV[:, -1:]  # 0 or a rounding from it
+    assert ((token_M1[:, 0] == want_M) | (near_M1[:, 0].abs() < 1e-15)).all()
+    assert (token_M1 > 600).sum() > 10 and (token_M1 < 600).sum() > 10
+    token_M1, _, entropy_M1 = egspo.draw(Plain(), logits_MV[:, None] * math.nan, share, 1.0)
+    assert (token_M1 < 1300).all() and entropy_M1.isnan().all()  # the run stops at the entropy
+
+
+def test_slabs_cover_every_position_once():
+    never_V, h_MD = torch.zeros(2**21, dtype=torch.bool), torch.zeros(11, 1)
+    some = egspo.slabs(h_MD, never_V)
+    assert [i for part in some for i in range(11)[part]] == list(range(11))
+    assert len(some) == 6
+
+
 def test_a_row_does_not_depend_on_its_batch_mates_nor_on_padding(policy):
     cfg = settings()
     roll = act(policy, cfg)

@@ -14,8 +14,8 @@ import torch
 
 import egspo
 
-V, C, T, MASK = 3, 4, 2, 2  # tokens 0 and 1 (and 3, 4) are words, id 2 is the mask
-WORDS = [0, 1, 3]
+C, T, MASK = 4, 2, 2
+WORDS = [0, 1, 3]  # of five tokens; 2 is the mask, and 4, the end, is never emitted
 
 
 class Table(torch.nn.Module):
@@ -57,10 +57,8 @@ def moves_from(policy, state_C, cfg):
         orders = [(sure_C.detach(), 1.0)]
         if cfg.order == "random":  # every pair of hidden positions is equally likely
             pairs = list(itertools.combinations(spots, C // T))
-            orders = [
-                (-torch.ones(C).scatter(0, torch.tensor(pair), -1.0), 1 / len(pairs))
-                for pair in pairs
-            ]
+            first = [torch.zeros(C).scatter(0, torch.tensor(pair), 1.0) for pair in pairs]
+            orders = [(score_C, 1 / len(pairs)) for score_C in first]
         for score_C, share in orders:
             score_C = score_C.masked_fill(~hidden_C, -torch.inf)
             at_R = egspo.reveal(score_C[None], C // T)[0].sort().values

@@ -1,5 +1,6 @@
 """Whole runs as a user starts them: real processes, real signals, real torchrun."""
 
+import dataclasses
 import json
 import os
 import random
@@ -18,6 +19,8 @@ from toy import toy_model
 import data
 import egspo
 import letters  # noqa: F401  the task of these runs
+import model
+import plumbing
 
 REPO = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("EGSPO_SHARED", REPO.parent / "shared"))
@@ -62,6 +65,14 @@ def events(out: Path) -> list[dict]:
 
 def weights(out: Path) -> dict:
     return load_file(out / "checkpoints" / "latest" / "model.safetensors")
+
+
+def trainer(out: Path) -> dict:
+    """The step and the optimizer's numbers, flat."""
+    state = torch.load(out / "checkpoints" / "latest" / "trainer.pt", weights_only=True)
+    moments = state["optimizer"]["state"]
+    flat = {(i, name): x for i, each in moments.items() for name, x in each.items()}
+    return flat | {"step": torch.tensor(state["step"])}
 
 
 def same(a: dict, b: dict, atol: float = 0.0) -> bool:
@@ -157,8 +168,7 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(whole, toy, t
             break
     assert process.returncode == 0 and kills >= 2
     assert same(weights(whole), weights(out))
-    last = json.loads((out / "checkpoints" / "latest" / "config.json").read_text())
-    assert last == json.loads((whole / "checkpoints" / "latest" / "config.json").read_text())
+    assert same(trainer(whole), trainer(out))
     log, rewards = events_of_the_final_history(out), events(whole)
     pick = lambda log: [(e["it"], e["m"]["reward/mean"], e["ent"]) for e in log if e["e"] == "step"]
     assert pick(log) == pick(rewards)
@@ -201,11 +211,47 @@ def test_a_signal_saves_and_says_so_in_its_exit_code(toy, whole, tmp_path, numbe
     assert same(weights(whole), weights(out))
 
 
-def test_resuming_a_finished_run_changes_nothing(whole, toy, tmp_path):
-    before = weights(whole)
+def test_resuming_a_finished_run_changes_nothing_and_steps_already_done_are_refused(whole):
+    before = weights(whole), trainer(whole)
     done = run("--out", whole, "--resume")
     assert done.returncode == 0, done.stderr
-    assert same(before, weights(whole))
+    assert same(before[0], weights(whole)) and same(before[1], trainer(whole))
+    done = run("--out", whole, "--resume", "--steps", 5)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--steps 5" in done.stderr
+
+
+def test_a_run_that_torchrun_starts_again_goes_on_from_its_checkpoint(toy, whole, tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path[:0] = [{str(REPO / 'tests')!r}, {str(REPO)!r}]\n"
+        "import egspo, letters\n"
+        "between = egspo.between_steps\n"
+        "def between_steps(run, step, start):\n"
+        "    between(run, step, start)\n"
+        "    if step == 3 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "        os._exit(9)\n"
+        "egspo.between_steps = between_steps\n"
+        "sys.exit(egspo.main())\n"
+    )
+    out = tmp_path / "restarted"
+    words = [*command(ranks=1)[:-1], "--max-restarts", "1", script]
+    words += ["--model", toy, *SMALL, "--out", out, "--steps", 6]
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert "resuming after 2 of 6 steps" in done.stdout
+    assert same(weights(whole), weights(out))
+
+
+def test_the_newest_checkpoints_and_the_best_one_are_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the default --out is a relative path
+    folder = Path("runs/x/checkpoints")
+    for step in (2, 9, 10, 11, 12):
+        (folder / f"step-{step}").mkdir(parents=True)
+    plumbing.link(folder / "best", "step-9")
+    plumbing.prune(folder, keep=2)
+    assert {path.name for path in folder.iterdir()} == {"step-9", "step-11", "step-12", "best"}
+    assert egspo.model_folder("runs/x") == str((folder / "step-9").resolve())
 
 
 def test_a_second_writer_is_refused(toy, tmp_path):
@@ -226,9 +272,11 @@ def test_a_second_writer_is_refused(toy, tmp_path):
 # ---- ranks ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["egspo", "diffu_grpo"])
-def test_two_processes_equal_one_with_the_same_total_work(toy, tmp_path, method):
-    words = ["--steps", 3, "--method", method]
+@pytest.mark.parametrize(
+    "flags", ["--method egspo --mu 2 --cache block --block 6", "--method diffu_grpo"]
+)
+def test_two_processes_equal_one_with_the_same_total_work(toy, tmp_path, flags):
+    words = ["--steps", 3, *flags.split()]
     train(toy, tmp_path / "two", *words, "--B", 1, ranks=2)
     train(toy, tmp_path / "one", *words, "--B", 2)
     assert same(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=1e-4)
@@ -297,6 +345,9 @@ BAD = [
     (["--steps"], "--steps"),
     (["--steps", "0"], "--steps 0"),
     (["--model", "/nowhere/model"], "/nowhere/model"),
+    (["--cache", "block", "--method", "diffu_grpo"], "--cache block"),
+    (["--samples", "2"], "--samples 2"),
+    (["--eval-only", "--lengths", "24", "18"], "--lengths"),
     (["--resume"], "--out"),
     (["--resume", "--out", "/nowhere/run"], "/nowhere/run"),
     (["--data-dir", "/nowhere/data", "--task", "gsm8k"], "/nowhere/data"),
@@ -332,16 +383,8 @@ def test_bad_usage_is_exit_code_2_without_a_traceback(toy, tmp_path):
 def test_help_lists_every_flag_with_its_comment():
     done = run("--help")
     assert done.returncode == 0
-    for flag in (
-        "--task",
-        "--lam",
-        "--K",
-        "--likelihood",
-        "--eval-only",
-        "--no-compile",
-        "--lora-r",
-    ):
-        assert flag in done.stdout
+    for flag in dataclasses.fields(egspo.Config):
+        assert f"--{flag.name.replace('_', '-')}" in done.stdout
     assert "selected denoising steps" in done.stdout
 
 
@@ -362,9 +405,10 @@ def test_an_adapter_run_resumes_exactly_is_a_model_and_merges(toy, tmp_path):
     assert done.returncode == 0, done.stderr
     scores = []
     for path in (checkpoint, tmp_path / "full"):
-        done = run("--model", path, *SMALL, "--eval-only", "--out", tmp_path / "scores")
+        out = tmp_path / "scores"
+        done = run("--model", path, *SMALL, "--eval-only", "--out", out)
         assert done.returncode == 0, done.stderr
-        scores.append(json.loads((path / "test-letters.json").read_text())[0]["reward"])
+        scores.append(json.loads((out / "test-letters.json").read_text())[0]["reward"])
     assert scores[0] == pytest.approx(scores[1], abs=0.05)
 
 
@@ -388,7 +432,7 @@ def test_the_real_chat_templates_work_without_remote_code(tmp_path, toy):
     if not dream.exists():
         pytest.skip("the published tokenizer settings are not here")
     problem = data.Problem("letters", "Wie heißt du? 12 → 13", None, "0")
-    tokenizer = egspo.load_tokenizer(dream, "dream")
+    tokenizer = model.load_tokenizer(dream)
     ids = egspo.chat_ids([problem], tokenizer)[0]
     assert (
         tokenizer.mask_token_id == json.loads((dream / "config.json").read_text())["mask_token_id"]
@@ -399,7 +443,7 @@ def test_the_real_chat_templates_work_without_remote_code(tmp_path, toy):
     # LLaDA's vocabulary is not here: its settings over the toy's, with the config that wants code
     for file in (llada / "config.json", llada / "tokenizer_config.json", toy / "tokenizer.json"):
         (tmp_path / file.name).write_text(file.read_text())
-    tokenizer = egspo.load_tokenizer(tmp_path, "llada")
+    tokenizer = model.load_tokenizer(tmp_path)
     assert tokenizer.decode(egspo.chat_ids([problem], tokenizer)[0]) == (
         "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n" + problem.prompt
         + "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
