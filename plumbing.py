@@ -545,6 +545,8 @@ class EventLog:
 
     def end(self, status: str, error: str | None = None) -> None:
         self.closed.set()
+        if status == "crashed":
+            self.write("alert", it=self.it, level="error", msg=error)
         self.write("end", status=status, it=self.it, err=error, durable=True)
 
 

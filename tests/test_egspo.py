@@ -124,6 +124,29 @@ def test_a_large_vocabulary_is_sampled_like_a_small_one_and_nan_draws_a_token():
     assert (token_M1 < 1300).all() and entropy_M1.isnan().all()  # the run stops at the entropy
 
 
+@pytest.mark.skipif(not egspo.can_compile(), reason="no C++ compiler here")
+def test_compiled_blocks_give_the_same_scores_as_eager_ones():
+    tiny = Path(egspo.__file__).parent / "tiny"
+    cfg = egspo.Config(**(egspo.SMALL | dict(task="sudoku", model="tiny", precision="bf16")))
+    problems = data.TASKS["sudoku"].load("val")[: cfg.B * cfg.G]
+    moves, scores = None, []
+    for compiled in (False, True):
+        cfg.compile = compiled
+        net, tokenizer = egspo.load_policy(cfg, str(tiny), egspo.Ranks())
+        egspo.accelerate(net, cfg, torch.device("cpu"))
+        if moves is None:
+            P = egspo.prompt_length(cfg, problems, tokenizer)
+            prompts = egspo.encode(problems, tokenizer, P, net.config.pad_id)
+            u_NT2J = egspo.uniform((cfg.T, 2, cfg.block), range(len(problems)), 0)
+            roll = egspo.rollout(net, *prompts, cfg, u_NT2J)
+            t_NK = egspo.select_steps(roll.entropy_NT, cfg.K, "entropy")
+            moves = egspo.gather_moves(roll, t_NK, net.config.mask_id)
+        scores.append(egspo.score(net, moves, cfg)[0][moves.live_S])
+    eager_S, compiled_S = scores
+    assert not torch.equal(eager_S, compiled_S)  # it was compiled
+    assert torch.allclose(eager_S, compiled_S, atol=0.1)
+
+
 def test_slabs_cover_every_position_once():
     never_V, h_MD = torch.zeros(2**21, dtype=torch.bool), torch.zeros(11, 1)
     some = egspo.slabs(h_MD, never_V)
