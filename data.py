@@ -836,7 +836,7 @@ def kodcode_build(row: dict) -> tuple[str, dict]:
         elif not node.args.args and not node.decorator_list:
             tests.append(f"{ast.unparse(node)}\n{node.name}()")
     if not tests or imported(f"{code}\n{test}") - sys.stdlib_module_names - {"pytest", "solution"}:
-        raise Unusable
+        raise Unusable("no test is left, or a module is not Python's own")
     job = sandbox_job(code, "\n".join(setup), tests)
     job["setup"] = (PYTEST if "pytest" in test else "") + job["setup"]
     declared = [info["function_declaration"] for info in row.get("test_info") or []]
@@ -1073,7 +1073,10 @@ def score(name: str, file: str, compat: bool = False) -> dict:
         if not isinstance(row.get("completion"), str) or "answer" not in row:
             raise ValueError(f"{row.where}: expected question, completion (a text) and answer")
     completions = [row["completion"] for row in rows]
-    sources = [row["answer"] if isinstance(row["answer"], dict) else row for row in rows]
+    sources = []
+    for row in rows:
+        sources.append(Row(row["answer"]) if isinstance(row["answer"], dict) else row)
+        sources[-1].where = row.where
     problems = [TASKS[name].problem(source) for source in sources]
     if compat:
         rewards = [PUBLISHED[name](c, p.answer) for c, p in zip(completions, problems)]

@@ -55,7 +55,6 @@ import io
 import itertools
 import json
 import math
-import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -74,7 +73,8 @@ import model
 from plumbing import (
     EventLog, Halt, Ranks, StopSignal, Tally, accelerate, can_compile, compact, complain,
     demand_finite, describe_run, dry_run, freeze, last_checkpoint, load_shards, make_optimizer,
-    model_name, note_evaluation, progress, save_checkpoint, say, set_learning_rate, shard, use_bf16,
+    model_name, note_evaluation, progress, restarted, save_checkpoint, say, set_learning_rate,
+    shard, use_bf16,
 )  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
@@ -916,6 +916,8 @@ def open_run(cfg: Config, ranks: Ranks, stop: StopSignal) -> tuple[Run, int]:
         checkpoint = latest.resolve() if latest.exists() else None
         if checkpoint and (checkpoint / "sharded").exists() != cfg.shard:
             raise ValueError(f"--{'no-' * cfg.shard}shard: so was {checkpoint} written; resume so")
+    if data.TASKS[cfg.task].judge_all is data.code_judge_all:
+        data.sandbox()  # says now what this machine lacks
     train_set, val_set = load_problems(cfg, "train"), load_problems(cfg, "val", cfg.eval_n)
     test_set = load_problems(cfg, "test", cfg.eval_n) if cfg.test else []
     policy, tokenizer = load_policy(cfg, str(checkpoint or cfg.model), ranks)
@@ -968,13 +970,14 @@ def load_policy(cfg: Config, path: str, ranks: Ranks) -> tuple[nn.Module, object
     A frozen base may be bf16. Weights that are trained stay float32 and are read as bf16 by
     autocast: added to a bf16 weight, an update of 1e-6 of it would be rounded away.
     """
+    cfg.lora_r = model.adapter_rank(path, cfg.revision or None) or cfg.lora_r  # what is there
+    if cfg.shard and cfg.lora_r:
+        raise ValueError(f"--shard: {path} is an adapter, and adapters are not sharded")
     frozen = cfg.lora_r > 0
     dtype = torch.bfloat16 if frozen and use_bf16(cfg, ranks.device) else torch.float32
-    net = model.load(path, ranks.device, dtype, cfg.quantize, cfg.revision or None)
-    found = [*model.adapters(net).values()]
-    if found:
-        cfg.lora_r = len(found[0].lora_A)  # goes on with the adapter that there is
-    elif cfg.lora_r > 0:
+    device = "cpu" if cfg.shard else ranks.device  # `shard` moves a block at a time
+    net = model.load(path, device, dtype, cfg.quantize, cfg.revision or None)
+    if cfg.lora_r > 0 and not model.adapters(net):
         torch.manual_seed(cfg.seed)  # the adapters start alike on all ranks
         model.add_lora(net, cfg.lora_r, cfg.lora_alpha)
     net.checkpointing = cfg.checkpointing
@@ -1005,6 +1008,8 @@ def model_folder(path: str) -> str:
 def evaluate_only(cfg: Config, ranks: Ranks) -> int:
     """The test split, once: a table on the terminal, its numbers in a file in --out (by default
     beside the weights)."""
+    if data.TASKS[cfg.task].judge_all is data.code_judge_all:
+        data.sandbox()
     problems = load_problems(cfg, "test", cfg.eval_n)
     policy, tokenizer = load_policy(cfg, cfg.model, ranks)
     cfg.P = prompt_length(cfg, problems, tokenizer)
@@ -1039,14 +1044,17 @@ def evaluate_only(cfg: Config, ranks: Ranks) -> int:
 
 
 def merge(cfg: Config, ranks: Ranks) -> int:
-    """Fold the adapter of --model into full weights, a model folder of its own in --out."""
-    whole = dataclasses.replace(cfg, lora_r=0, quantize="none")
-    policy, tokenizer = load_policy(whole, cfg.model, ranks)
-    if not model.adapters(policy):
+    """Fold the adapter of --model into full weights, a model folder of its own in --out: float32,
+    or bf16 with --precision bf16. On the CPU, whose memory holds the whole."""
+    if ranks.rank > 0:
+        return 0
+    if not model.adapter_rank(cfg.model, cfg.revision or None):
         raise ValueError(f"--merge: {cfg.model} has no adapter")
+    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    policy = model.load(cfg.model, "cpu", dtype, revision=cfg.revision or None)
     model.merge_lora(policy)
     model.save(policy, cfg.out)
-    tokenizer.save_pretrained(cfg.out)
+    model.load_tokenizer(cfg.model, cfg.revision or None).save_pretrained(cfg.out)
     say(f"written: {cfg.out}")
     return 0
 
@@ -1093,12 +1101,6 @@ def given(argv: list[str], flag: str) -> str | None:
     return None
 
 
-def restarted(argv: list[str]) -> bool:
-    """Has torchrun (--max-restarts) started this run anew after a failure? Then it goes on."""
-    out, times = given(argv, "--out"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return times != "0" and bool(out) and (Path(out) / "config.json").exists()
-
-
 def preset(argv: list[str]) -> Config:
     """The defaults that fit: those of the run to resume, or those of the model's size."""
     if "--resume" in argv:
@@ -1108,12 +1110,14 @@ def preset(argv: list[str]) -> Config:
         file = Path(out) / "config.json"
         if not file.exists():
             raise ValueError(f"--resume: no run in --out {out} (no config.json there)")
-        try:
-            return Config(**model.read_json(file))
-        except TypeError as error:
-            raise ValueError(f"{file}: not of this version ({error})") from None
+        cfg = Config()
+        for name, value in model.read_json(file).items():  # checked with the flags, which may mend
+            if not hasattr(cfg, name):
+                raise ValueError(f"{file}: not of this version (no setting is called {name})")
+            setattr(cfg, name, tuple(value) if isinstance(value, list) else value)
+        return cfg
     default = "GSAI-ML/LLaDA-8B-Instruct" if torch.cuda.is_available() else "tiny"
-    path = model_folder(given(argv, "--model") or "") or default
+    path = model_folder(given(argv, "--model") or default)
     own = EMBEDDED.get(given(argv, "--task") or "sudoku", LONG)
     return Config(model=path, **(SMALL | own if is_small(path) else {}))
 
@@ -1130,7 +1134,7 @@ def parse(argv: list[str]) -> Config:
     """The command line as a checked Config; ValueError, in one line, where something is wrong."""
     import tyro
 
-    if restarted(argv) and "--resume" not in argv:
+    if "--resume" not in argv and restarted(Path(given(argv, "--out") or "nowhere")):
         argv = [*argv, "--resume"]
     errors = io.StringIO()
     try:
@@ -1174,7 +1178,7 @@ def main() -> int:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         run, start = open_run(cfg, ranks, stop)
     except (ValueError, OSError) as error:
-        complain(error, ranks, stop)
+        complain(error, stop)
         return 2
     except KeyboardInterrupt:
         return 130

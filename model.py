@@ -401,10 +401,10 @@ def find_folder(
 ) -> Path:
     """The folder of a model: a folder, "tiny" (the embedded one), or a hub id, of which the files
     that match `kinds` are fetched."""
-    if Path(path).is_dir():
-        return Path(path)
     if str(path) == "tiny":
         return Path(__file__).parent / "tiny"
+    if Path(path).is_dir():
+        return Path(path)
     reason, source = "no such folder", "the model"
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
         from huggingface_hub import snapshot_download
@@ -412,7 +412,7 @@ def find_folder(
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the line below says it once
         try:
             return Path(snapshot_download(str(path), revision=revision, allow_patterns=[*kinds]))
-        except (OSError, ValueError) as error:  # offline, unknown id or revision, gated, disk full
+        except Exception as error:  # offline, unknown, gated, disk full: each has its own class
             at = f" at revision {revision}" if revision else ""
             reason += f", and not to be had from the hub{at} ({type(error).__name__})"
             source = f"https://huggingface.co/{path}"
@@ -428,11 +428,20 @@ def load_tokenizer(path: str | Path, revision: str | None = None):
     from transformers import AutoTokenizer, Qwen2Tokenizer, logging
 
     logging.set_verbosity_error()  # it warns that it does not know the model; it need not
-    folder = find_folder(path, revision)
-    known = (folder / "config.json").is_file() and read_json(folder / "config.json")
-    if known and str(known.get("model_type")).lower() == "dream":
+    folder = base = find_folder(path, revision)
+    if adapter_rank(path, revision):  # an adapter may come without tokenizer and config.json
+        lora = read_json(folder / "adapter_config.json")
+        base = find_folder(lora["base_model_name_or_path"], lora.get("revision"))
+        folder = folder if (folder / "tokenizer_config.json").is_file() else base
+    if str(read_json(base / "config.json").get("model_type")).lower() == "dream":
         return Qwen2Tokenizer.from_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def adapter_rank(path: str | Path, revision: str | None = None) -> int:
+    """The rank of a folder's adapter; 0 where it holds none."""
+    file = find_folder(path, revision) / "adapter_config.json"
+    return read_json(file).get("r", 0) if file.is_file() else 0
 
 
 @contextmanager

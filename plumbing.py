@@ -153,14 +153,13 @@ def say(line: str, file=None) -> None:
         print(line, file=file, flush=True)
 
 
-def complain(error: Exception, ranks: Ranks | None, stop: StopSignal | None) -> None:
+def complain(error: Exception, stop: StopSignal | None) -> None:
     """One line to stderr: from the first rank, or from another whose trouble the first has not."""
-    if ranks is None or ranks.rank == 0:
-        say(f"egspo: {error}", file=sys.stderr)
-        return
-    time.sleep(2)  # where the first has said it and ended, torchrun ends this one meanwhile
-    if stop is None or stop.signal is None:
-        print(f"egspo: rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
+    rank = int(os.environ.get("RANK", 0))
+    if rank > 0:
+        time.sleep(2)  # where the first has said it and ended, torchrun ends this one meanwhile
+    if rank == 0 or stop is None or stop.signal is None:
+        print(f"egspo: {f'rank {rank}: ' * (rank > 0)}{error}", file=sys.stderr, flush=True)
 
 
 def progress(iterable, what: str, ranks: Ranks):
@@ -601,7 +600,19 @@ def describe_run(cfg: Config, out: Path) -> None:
     names = ("torch", "transformers", "tokenizers", "safetensors", "tyro", "bitsandbytes")
     versions = [f"{name} {version(name)}" for name in names]
     lines = [f"python {platform.python_version()}", *versions, f"gpu {gpu}", f"git {git_commit()}"]
+    lines.append(f"torchrun {os.environ.get('TORCHELASTIC_RUN_ID', 'none')}")
     (out / "source" / "env.txt").write_text("\n".join(lines) + "\n")
+
+
+def restarted(out: Path) -> bool:
+    """Has torchrun (--max-restarts) started the run in this folder anew after a failure?
+
+    An agent counts only the failures of its own workers; on other nodes the job's id tells.
+    """
+    job, file = os.environ.get("TORCHELASTIC_RUN_ID", "none"), out / "source" / "env.txt"
+    if not file.exists() or job == "none":
+        return file.exists() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return f"torchrun {job}" in file.read_text().splitlines()
 
 
 def version(name: str) -> str:

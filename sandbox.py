@@ -568,12 +568,16 @@ class Slot:
 
     def __init__(self, cfg: dict) -> None:
         command = [sys.executable, "-I", "-S", os.path.abspath(__file__), json.dumps(cfg)]
+        env = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
         self.socket, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                command, stdin=theirs, stdout=theirs, cwd="/", env={}, start_new_session=True
+                command, stdin=theirs, stdout=theirs, cwd="/", env=env, start_new_session=True
             )
-        self.missing = json.loads(self.ask(b"", 60))
+        try:
+            self.missing = json.loads(self.ask(b"", 60))
+        except (OSError, EOFError) as error:
+            raise ValueError(f"the sandbox's {sys.executable} does not start: {error}") from None
 
     def ask(self, data: bytes, seconds: float) -> str:
         """Send a job, return the line that answers it. Raises OSError or EOFError."""

@@ -50,7 +50,7 @@ class Config:
     task: tuple[str, ...] = ("sudoku", "countdown", "toycode")  # demonstrated tasks
     model: str = ""  # fine-tune this folder or hub id; without it, a small new model
     data: str = ""  # learn the rows of this .jsonl file (prompt, completion), not the tasks
-    out: str = ""  # folder for weights, tokenizer and training.log; a new model's is tiny
+    out: str = ""  # folder for weights, tokenizer and training.log
     steps: int = 5000
     batch: int = 128  # rows a step
     C: int = 24  # completion length in tokens, at least one end token included
@@ -76,8 +76,7 @@ class Config:
         check(0 < self.lr < 1, "lr", "must be above 0 and below 1")
         check(not self.data or Path(self.data).is_file(), "data", "no such file")
         check(not self.lora_r or self.model, "lora_r", "adapters need a --model to adapt")
-        check(not self.model or self.out, "out", "with --model, say where the tuned one goes")
-        self.out = self.out or "tiny"
+        check(self.out, "out", "say where the model goes (the embedded one: --out tiny)")
         same = self.model and Path(self.out).resolve() == Path(self.model).resolve()
         check(not same, "out", "would overwrite --model: name another folder")
 
@@ -332,7 +331,6 @@ def train(cfg: Config, argv: list[str]) -> None:
 
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(out)
     (out / "training.log").write_text("")
     size = sum(p.numel() for p in net.parameters())
     say(out, " ".join(["python sft.py", *argv]))
@@ -367,6 +365,7 @@ def train(cfg: Config, argv: list[str]) -> None:
                      f"left {left:.1f} min")  # fmt: skip
         if step % cfg.save_every == 0 or step == cfg.steps:
             model.save(net, out)
+            tokenizer.save_pretrained(out)
 
 
 def say(out: Path, line: str) -> None:

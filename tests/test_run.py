@@ -220,7 +220,9 @@ def test_resuming_a_finished_run_changes_nothing_and_steps_already_done_are_refu
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--steps 5" in done.stderr
 
 
-def test_a_run_that_torchrun_starts_again_goes_on_from_its_checkpoint(toy, whole, tmp_path):
+def test_a_run_that_torchrun_starts_again_goes_on_from_its_checkpoint(
+    toy, whole, tmp_path, monkeypatch
+):
     script = tmp_path / "dies.py"
     script.write_text(
         "import os, sys\n"
@@ -239,7 +241,12 @@ def test_a_run_that_torchrun_starts_again_goes_on_from_its_checkpoint(toy, whole
     words += ["--model", toy, *SMALL, "--out", out, "--steps", 6]
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
-    assert "resuming after 2 of 6 steps" in done.stdout
+    assert "resuming after 2 of 6 steps" in done.stdout  # and on nodes that count no failure:
+    env = (out / "source" / "env.txt").read_text()
+    job = env.split("torchrun ")[1].split()[0]
+    for job, goes_on in ((job, True), ("another", False), ("none", False)):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+        assert plumbing.restarted(out) == goes_on
     assert same(weights(whole), weights(out))
 
 

@@ -58,7 +58,7 @@ def test_a_right_demonstration_earns_full_reward_and_the_others_seldom_do(name):
 
 @pytest.mark.parametrize("name", sft.DEMONSTRATORS)
 def test_the_mixture_has_its_shares_and_comes_after_the_right_ones(name):
-    cfg, rng = sft.Config(task=(name,), steps=10, batch=400), random.Random(0)
+    cfg, rng = sft.Config(out="out", task=(name,), steps=10, batch=400), random.Random(0)
     problems = TASKS[name].load("train")
     told = {
         kind: {sft.demonstrate(problem, lambda: kind, rng) for problem in problems}
@@ -74,7 +74,7 @@ def test_the_mixture_has_its_shares_and_comes_after_the_right_ones(name):
 
 
 def test_the_kinds_of_sudoku_demonstrators_mix_cell_by_cell():
-    cfg = sft.Config(task=("sudoku",), steps=10, batch=400)
+    cfg = sft.Config(out="out", task=("sudoku",), steps=10, batch=400)
     problems = {problem.prompt: problem.answer for problem in TASKS["sudoku"].load("train")}
     for rows in itertools.islice(sft.demonstrations(cfg), 7, 10):
         blank, right, cells = 0, 0, 0
