@@ -212,7 +212,9 @@ EMBEDDED = {  # what the embedded model was made for, and what each task wants o
     "countdown": dict(steps=50, T=24, block=8),  # one operator a step; eight tokens say it all
     "toycode": {},
 }
-LONG = dict(B=2, G=4, micro=8)  # the other tasks' prompts are fifty times longer
+LONG = {  # prompts fifty times longer
+    name: dict(B=2, G=4, micro=8) for name in ("gsm8k", "math", "humaneval", "mbpp")
+}
 
 
 # ---- act -----------------------------------------------------------------------------------------
@@ -744,7 +746,7 @@ def evaluate(run: Run, problems: list[data.Problem], cfg: Config) -> dict[str, f
                 tally.add(f"reward/{name}", value)
         for i in range(0, len(rewards), n) if cfg.samples else ():
             wrong = sum(not reward.correct for reward in rewards[i : i + n])
-            for k in (k for k in (1, 2, 5, 10, 20, 50, 100) if k <= n):
+            for k in sorted({k for k in (1, 2, 5, 10, 20, 50, 100, n) if k <= n}):
                 tally.add(f"pass@{k}", 1 - math.comb(wrong, k) / math.comb(n, k))
         tally.add("tokens", roll.lengths(end)[real])
         tally.add("forwards", torch.full((len(chunk),), roll.forwards / len(asked)))
@@ -837,7 +839,8 @@ def between_steps(run: Run, step: int, start: int) -> None:
         with run.log.phase(step, "save"):
             save_checkpoint(run, step)
     if stopping:
-        raise Halt("stopped by a signal", code=128 + (run.stop.signal or 15))
+        again = f"go on with: python egspo.py --out {cfg.out} --resume"
+        raise Halt(f"stopped by a signal; {again}", code=128 + (run.stop.signal or 15))
     if step % cfg.eval_every == 0 or last:
         with run.log.phase(step, "eval"):
             m = evaluate(run, run.val_set, cfg)
@@ -1037,7 +1040,7 @@ def evaluate_only(cfg: Config, ranks: Ranks) -> int:
             say(f"        {name} {m[name]:.3f}")
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"test-{cfg.task}.json"
+        file = folder / f"test-{cfg.task}{'-samples' * bool(cfg.samples)}.json"
         file.write_text(json.dumps(compact(results), indent=1) + "\n")
         say(f"written: {file}")
     return 0
@@ -1085,7 +1088,7 @@ def introduce(cfg: Config, policy: nn.Module, ranks: Ranks, start: int) -> None:
         f"a step: {cfg.B * ranks.world} prompts x {cfg.G} samples, P {cfg.P}, C {cfg.C} in {cfg.T} "
         f"denoising steps, {cfg.K} of them learn"
     )
-    if is_small(cfg.model) and cfg.task not in EMBEDDED:
+    if is_small(cfg.model) and cfg.task in LONG:
         say(f"so small a model scores about zero on {cfg.task}: this run only shows that it works")
     if start:
         say(f"resuming after {start} of {cfg.steps} steps")
@@ -1118,8 +1121,14 @@ def preset(argv: list[str]) -> Config:
         return cfg
     default = "GSAI-ML/LLaDA-8B-Instruct" if torch.cuda.is_available() else "tiny"
     path = model_folder(given(argv, "--model") or default)
-    own = EMBEDDED.get(given(argv, "--task") or "sudoku", LONG)
-    return Config(model=path, **(SMALL | own if is_small(path) else {}))
+    run, same = Path(path).parent.parent / "config.json", {}
+    if "--eval-only" in argv and Path(path).parent.name == "checkpoints" and run.exists():
+        raw = model.read_json(run)
+        if given(argv, "--task") in (None, raw["task"]):  # evaluated as it was trained
+            same = {name: raw[name] for name in ("task", "C", "T", "block", "B", "G", "K")}
+    task = given(argv, "--task") or same.get("task", "sudoku")
+    own = SMALL | (EMBEDDED | LONG).get(task, {}) if is_small(path) else {}
+    return Config(model=path, **(own | same))
 
 
 def is_small(path: str) -> bool:
@@ -1136,16 +1145,18 @@ def parse(argv: list[str]) -> Config:
 
     if "--resume" not in argv and restarted(Path(given(argv, "--out") or "nowhere")):
         argv = [*argv, "--resume"]
-    errors = io.StringIO()
+    errors, default = io.StringIO(), preset(argv)
     try:
         with contextlib.redirect_stderr(errors):
-            cfg = tyro.cli(Config, args=argv, default=preset(argv), prog="egspo.py")
+            cfg = tyro.cli(Config, args=argv, default=default, prog="egspo.py")
     except SystemExit as leaving:
         if not leaving.code:
             raise  # --help
         body = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:]]
         told = itertools.takewhile(lambda line: line.strip("─╰╯"), body)  # up to the first rule
         raise ValueError(" ".join(told).removeprefix("Error parsing Config: ")) from None
+    if cfg.resume and cfg.task != default.task:
+        raise ValueError(f"--task {cfg.task}: the run in --out {cfg.out} learns {default.task}")
     cfg.model = model_folder(cfg.model)
     if not cfg.out and cfg.eval_only and cfg.model != "tiny" and Path(cfg.model).is_dir():
         cfg.out = cfg.model
@@ -1162,7 +1173,7 @@ def parse(argv: list[str]) -> Config:
 
 
 def main() -> int:
-    ranks = run = stop = None
+    ranks = run = stop = out = None
     try:
         cfg = parse(sys.argv[1:])
         data.SANDBOX_OPTIONS["unsafe"] = cfg.unsafe_code
@@ -1175,10 +1186,14 @@ def main() -> int:
             return evaluate_only(cfg, ranks)
         stop = StopSignal()
         cfg.out = ranks.gather(cfg.out)[0]  # a default name holds the time, and clocks differ
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        out = Path(cfg.out)
+        out.mkdir(parents=True, exist_ok=True)
         run, start = open_run(cfg, ranks, stop)
     except (ValueError, OSError) as error:
         complain(error, stop)
+        with contextlib.suppress(OSError):
+            if out:
+                out.rmdir()  # where nothing is in it
         return 2
     except KeyboardInterrupt:
         return 130
