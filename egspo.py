@@ -919,8 +919,6 @@ def open_run(cfg: Config, ranks: Ranks, stop: StopSignal) -> tuple[Run, int]:
         checkpoint = latest.resolve() if latest.exists() else None
         if checkpoint and (checkpoint / "sharded").exists() != cfg.shard:
             raise ValueError(f"--{'no-' * cfg.shard}shard: so was {checkpoint} written; resume so")
-    if data.TASKS[cfg.task].judge_all is data.code_judge_all:
-        data.sandbox()  # says now what this machine lacks
     train_set, val_set = load_problems(cfg, "train"), load_problems(cfg, "val", cfg.eval_n)
     test_set = load_problems(cfg, "test", cfg.eval_n) if cfg.test else []
     policy, tokenizer = load_policy(cfg, str(checkpoint or cfg.model), ranks)
@@ -959,6 +957,8 @@ def open_run(cfg: Config, ranks: Ranks, stop: StopSignal) -> tuple[Run, int]:
 
 
 def load_problems(cfg: Config, split: str, most: int = 0) -> list[data.Problem]:
+    if data.TASKS[cfg.task].judge_all is data.code_judge_all:
+        data.sandbox()  # says now, before a model is loaded, what this machine lacks
     problems = data.TASKS[cfg.task].load(
         split, cfg.data_dir or None, cfg.train_set or None, cfg.data or None
     )
@@ -1011,8 +1011,6 @@ def model_folder(path: str) -> str:
 def evaluate_only(cfg: Config, ranks: Ranks) -> int:
     """The test split, once: a table on the terminal, its numbers in a file in --out (by default
     beside the weights)."""
-    if data.TASKS[cfg.task].judge_all is data.code_judge_all:
-        data.sandbox()
     problems = load_problems(cfg, "test", cfg.eval_n)
     policy, tokenizer = load_policy(cfg, cfg.model, ranks)
     cfg.P = prompt_length(cfg, problems, tokenizer)
