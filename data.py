@@ -18,12 +18,9 @@ Every reward is total: any string in, a finite number out, in bounded time. A po
 strings, so none of them is run here: arithmetic has an evaluator of its own, LaTeX is compared in a
 process that can be killed, and programs go to sandbox.py.
 
-    python data.py --task math --score outputs.jsonl [--compat]       score anybody's outputs
-
-The score comes with the one by the rules of the published tables beside it; --compat: that alone.
+    python data.py --task math --score outputs.jsonl    score anybody's outputs: see score.py
 """
 
-import argparse
 import ast
 import atexit
 import csv
@@ -43,10 +40,10 @@ import sys
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +85,9 @@ class Unusable(ValueError):
 class Row(dict):
     """A row that remembers the file and line it came from, for the message when it is malformed."""
 
-    where = ""
+    def __init__(self, fields: Mapping, where: str) -> None:
+        super().__init__(fields)
+        self.where = where
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,7 @@ class Task:
     fields: str = "other fields"  # what a row holds, for the message about a malformed one
     train_sets: tuple[str, ...] = ()  # choices of --train-set, the default first
     judge_all: Callable[[list[str], list[Any]], list[Reward]] | None = None  # if faster in one go
+    runs_code: bool = False  # judging runs programs, so it needs the sandbox
 
     def load(
         self,
@@ -227,9 +227,7 @@ def read(name: str, data_dir: str | None) -> list[Row]:
                 f"cannot get {source.hub} from the hub ({type(error).__name__}): download its "
                 f"{source.split} split as JSON lines and put it into --data-dir as {source.file}"
             ) from error
-        rows = [Row(row) for row in found]
-        for i, row in enumerate(rows):
-            row.where = f"{source.hub}, row {i}"
+        rows = [Row(row, f"{source.hub}, row {i}") for i, row in enumerate(found)]
     return [row for row in rows if source.ids is None or row.get("task_id") in source.ids]
 
 
@@ -251,8 +249,7 @@ def read_file(path: Path) -> list[Row]:
             for row in csv.DictReader(lines) if is_csv else map(parse_line, lines):
                 number += 1
                 if row is not None:
-                    rows.append(Row(row))
-                    rows[-1].where = f"{path}, line {number}"
+                    rows.append(Row(row, f"{path}, line {number}"))
     except (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
         expected = "CSV" if is_csv else "a JSON object a line"
         raise ValueError(f"{path}, line {number + 1}: expected {expected} ({error})") from error
@@ -339,7 +336,7 @@ SUDOKU = (
 )
 
 
-@lru_cache(maxsize=None)
+@cache
 def sudoku_grids() -> tuple[str, ...]:
     """All 288 solved 4x4 grids, as strings of 16 digits."""
     rows = ["".join(p) for p in itertools.permutations("1234")]
@@ -348,7 +345,7 @@ def sudoku_grids() -> tuple[str, ...]:
     return tuple(grid for grid in pairs if all(len({*grid[c::4]}) == 4 for c in range(4)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def grids_with() -> dict[tuple[int, str], int]:
     """(cell, digit) -> the grids that have it there, as a bit set; an empty cell allows all."""
     has = {(cell, "0"): (1 << len(sudoku_grids())) - 1 for cell in range(16)}
@@ -399,8 +396,6 @@ def sudoku_rows(split: str, data_dir: str | None) -> list[dict]:
 def sudoku_build(row: dict) -> tuple[str, dict]:
     row = {str(field).lower(): value for field, value in row.items()}
     puzzle, solution = row.get("puzzle"), row.get("solution")
-    if "completion" in row:  # an output to score
-        puzzle, solution = re.search("[0-4]{16}|$", text_of(row, "question"))[0], row["answer"]
     if not isinstance(puzzle, str) or not re.fullmatch("[0-4]{16}", puzzle) or "0" not in puzzle:
         raise ValueError(f"the puzzle is {puzzle!r:.60}")
     solutions = sudoku_solutions(puzzle)
@@ -428,29 +423,21 @@ COUNTDOWN = (
 )
 
 
-def power(a: Fraction, b: Fraction) -> Fraction:
-    if b.denominator > 1:
-        return Fraction(float(a) ** float(b))
-    if abs(b) * max(a.numerator.bit_length(), a.denominator.bit_length()) > 10_000:
-        raise ValueError("a power too large to compute")
-    return a ** int(b)
-
-
 FOUR = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__,
         ast.Mult: Fraction.__mul__, ast.Div: Fraction.__truediv__}  # fmt: skip
-PYTHON = FOUR | {ast.Pow: power, ast.FloorDiv: lambda a, b: Fraction(a // b),
-                 ast.USub: Fraction.__neg__, ast.UAdd: Fraction.__pos__}  # fmt: skip
 
 
-def evaluate(text: str, python: bool = False) -> tuple[Fraction, list[int]]:
+def calculate(
+    text: str, operators: dict[type, Callable] = FOUR, kinds: tuple[type, ...] = (int,)
+) -> tuple[Fraction, list[int]]:
     """The exact value of an expression of + - * / ( ) and whole numbers, and the numbers it uses.
 
-    ValueError for anything else (powers, signs, names, floats, more than 200 characters), and
-    ZeroDivisionError. With `python` also **, //, signs and floats, as the published scorer allows.
+    ValueError for anything else (powers, signs, names, floats, more than 200 characters), unless
+    `operators` (by AST class) and `kinds` of constants allow more; and ZeroDivisionError.
     """
     if len(text) > 200 or not re.fullmatch(r"[0-9+\-*/().\s]+", text):
         raise ValueError("not an arithmetic expression")
-    operators, kinds, used = (PYTHON, (int, float), []) if python else (FOUR, (int,), [])
+    used = []
 
     def value(node: ast.expr) -> Fraction:
         if isinstance(node, ast.Constant) and type(node.value) in kinds:
@@ -474,7 +461,7 @@ def countdown_values(numbers: tuple[int, ...]) -> dict[int, str]:
     found = {}
     for signs in itertools.product("+-*", repeat=len(numbers) - 1):
         text = str(numbers[0]) + "".join(f" {sign} {n}" for sign, n in zip(signs, numbers[1:]))
-        found.setdefault(int(evaluate(text)[0]), text)
+        found.setdefault(int(calculate(text)[0]), text)
     return found
 
 
@@ -501,9 +488,7 @@ def countdown_rows(split: str, data_dir: str | None) -> list[dict]:
 
 
 def countdown_build(row: dict) -> tuple[str, dict]:
-    if "completion" in row:  # an output to score
-        numbers, target = row["answer"]
-    elif "input" in row:  # the common test file: "30,100,93" and "23"
+    if "input" in row:  # the common test file: "30,100,93" and "23"
         numbers, target = [int(n) for n in row["input"].split(",")], int(row["output"])
     else:
         numbers, target = row["numbers"], row["target"]
@@ -523,7 +508,7 @@ def countdown_judge(completion: str, answer: dict) -> Reward:
         for sign in signs.split("|"):
             text = text.replace(sign, plain)
     try:
-        value, numbers = evaluate(" ".join(text.split()))
+        value, numbers = calculate(" ".join(text.split()))
     except (ValueError, ZeroDivisionError):
         return Reward(0.0, expression=0.0)
     if sorted(numbers) != sorted(answer["numbers"]):
@@ -548,7 +533,7 @@ def toycode_terms() -> Iterator[tuple[str, str]]:
         yield from ((f"{v} minus {k}", f"{v} - {k}") for k in range(1, 10))
 
 
-@lru_cache(maxsize=None)
+@cache
 def toycode_functions() -> list[tuple[str, str]]:
     """Every function of the grammar once: of those that agree on nine inputs, the first."""
     terms, inputs = list(toycode_terms()), list(itertools.product((-7, 2, 9), (-4, 3, 12)))
@@ -597,9 +582,9 @@ WORDED = (
 )
 
 
-def gsm8k_build(row: dict) -> tuple[str, Fraction | None]:
+def gsm8k_build(row: dict) -> tuple[str, Fraction]:
     gold = number(str(row["answer"]).rpartition("####")[2])
-    if gold is None and not ("completion" in row and row["answer"] is None):  # scored as wrong
+    if gold is None:
         raise ValueError(f"no number in the answer {str(row['answer'])[-40:]!r}")
     return WORDED + text_of(row, "question"), gold
 
@@ -637,11 +622,20 @@ HOPELESS = re.compile(  # what takes forever to work out, or no answer looks lik
 )
 
 
+def tidy(latex: str) -> str:
+    r"""Without what only changes how LaTeX looks: spaces, \left and \right, sizes of fractions. A
+    space between two digits stays: 1 1/2 is not 11/2."""
+    text = " ".join(latex.split())
+    text = re.sub(r"\\(?:left|right)(?![a-z])|\\[!,]|(?<!\d) | (?!\d)", "", text)
+    return re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", text)
+
+
 @lru_cache(maxsize=100_000)
 def same_math(found: str, gold: str) -> bool:
     """Whether two LaTeX answers are equal. Texts of more than 200 characters, and those that would
     take forever to work out, are compared as strings only."""
-    if published_equal(found, gold):
+    found, gold = tidy(found), tidy(gold)
+    if found == gold:
         return True
     if PLAIN.fullmatch(found) and PLAIN.fullmatch(gold):
         return number(found) == number(gold)
@@ -724,7 +718,7 @@ class Algebra:
             print(int(same), flush=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def algebra() -> Algebra:
     """This process's one, started when the first two answers are compared."""
     server = Algebra()
@@ -734,7 +728,7 @@ def algebra() -> Algebra:
 
 # ---- humaneval, mbpp, kodcode: programs, judged by the sandbox -----------------------------------
 
-PYTEST = '''
+PYTEST = """
 import re, sys, types
 class raises:
     def __init__(self, kinds, match=""):
@@ -755,7 +749,7 @@ class approx:
         return abs(other - self.value) <= max(self.rel * abs(self.value), self.abs)
 sys.modules["pytest"] = types.ModuleType("pytest")
 vars(sys.modules["pytest"]).update(raises=raises, approx=approx)
-'''  # what KodCode's tests use of pytest, which the sandbox does not have
+"""  # what KodCode's tests use of pytest, which the sandbox does not have
 
 
 def parse(code: str) -> ast.Module:
@@ -890,146 +884,18 @@ def code_judge(completion: str, answer: dict) -> Reward:
     return code_judge_all([completion], [answer])[0]
 
 
-SANDBOX_OPTIONS = {"unsafe": False}  # to change before the first program is judged
+started: Sandbox | None = None
 
 
-@lru_cache(maxsize=None)
-def sandbox() -> Sandbox:
-    """This process's one, started when the first program is judged."""
-    workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    box = Sandbox(workers=min(max(workers, 1), 16), **SANDBOX_OPTIONS)
-    atexit.register(box.close)
-    return box
-
-
-# ---- the published scorer ------------------------------------------------------------------------
-# The rules behind the published tables (d1's evaluation, which the method's authors use too), with
-# their faults, so that --compat reproduces those rows: GSM8K takes the first box, a text without a
-# box is its own answer, Sudoku is compared with one stored grid. The code is our own.
-
-END = re.compile(r"<\|(?:eot_id|endoftext|im_end)\|>")
-
-
-def first_tag(text: str) -> str | None:
-    found = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    return found[1].strip() if found else None
-
-
-def published_box(text: str) -> str | None:
-    """The last box's content; the whole text where there is no box; None for one never closed."""
-    if "\\boxed " in text:
-        return text.split("\\boxed ")[-1].split("$")[0]
-    start = text.rfind("\\boxed") if "\\boxed" in text else text.rfind("\\fbox")
-    if start < 0:
-        return text
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if text[i] == "}" and depth == 0:
-            box = text[start : i + 1]
-            return box[7:-1] if box.startswith("\\boxed{") else box
-    return None
-
-
-def published_form(text: str) -> str:
-    """Hendrycks' normal form of a LaTeX answer. ValueError or IndexError: it has none."""
-    for old, new in (("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"),
-                     ("\\left", ""), ("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""),
-                     ("\\$", "")):  # fmt: skip
-        text = text.replace(old, new)
-    if "\\text{ " in text:  # units on the right
-        text, _ = text.split("\\text{ ")
-    text = text.replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
-    text = "0" + text if text.startswith(".") else text
-    left, *right = text.split("=")
-    if len(right) == 1 and len(left) <= 2:  # x = 5
-        text = right[0]
-    head, *tails = text.split("\\sqrt")
-    text = head + "".join("\\sqrt" + (t if t[0] == "{" else f"{{{t[0]}}}{t[1:]}") for t in tails)
-    text = text.replace(" ", "")
-    head, *tails = text.split("\\frac")
-    if all(tail[0] == "{" or len(tail) >= 2 for tail in tails):
-        text = head
-        for t in tails:
-            below = t[1:2] if t[1:2] == "{" else f"{{{t[1:2]}}}"
-            text += "\\frac" + (t if t[0] == "{" else f"{{{t[0]}}}{below}{t[2:]}")
-    text = "\\frac{1}{2}" if text == "0.5" else text
-    if text.count("/") == 1:
-        above, below = map(int, text.split("/"))
-        text = f"\\frac{{{above}}}{{{below}}}" if text == f"{above}/{below}" else text
-    return text
-
-
-def published_equal(a: str, b: str) -> bool:
-    try:
-        return published_form(a) == published_form(b)
-    except (ValueError, IndexError):
-        return a == b
-
-
-def published_gsm8k(completion: str, answer: Fraction | None) -> Reward:
-    """The first box with a number in it, its first number; else the last number in the tag."""
-
-    def read_number(text: str, which: int) -> list[float]:
-        try:
-            return [float(text)]
-        except ValueError:
-            return [float(n) for n in re.findall(r"-?\d+\.?\d*", text)][which:][:1]
-
-    boxes = [box.strip() for box in re.findall(r"\\boxed{(.*?)}", completion)]
-    found = [n for box in boxes if box.strip(".") for n in read_number(box, 0)]
-    found = found or read_number(first_tag(completion) or "", -1)
-    correct = bool(found) and answer is not None and found[0] == float(answer)
-    return Reward(float(correct), correct)
-
-
-def published_math(completion: str, answer: str) -> Reward:
-    found = published_box(completion) or first_tag(completion)
-    correct = found is not None and published_equal(found, answer)
-    return Reward(float(correct), correct)
-
-
-def published_countdown(completion: str, answer: dict) -> Reward:
-    """What stands before an equals sign, by Python's rules, powers and floats included."""
-    text = published_box(completion)
-    if text is None:
-        tag = first_tag(completion)
-        text = completion if tag is None else tag
-    text = text.replace("\\div", "/").replace("\\times", "*").replace("\\cdot", "*")
-    for left, right in itertools.pairwise(text.split("=")):
-        expression = left[len(left.rstrip("0123456789+-*/() ")) :]
-        if expression and right[:1] in tuple("0123456789. "):
-            text = expression
-            break
-    correct = False
-    if sorted(map(int, re.findall(r"\d{1,40}", text))) == sorted(answer["numbers"]):
-        try:
-            correct = abs(evaluate(text, python=True)[0] - answer["target"]) < 1e-5
-        except (ValueError, TypeError, ArithmeticError):  # TypeError: a complex power
-            pass
-    return Reward(float(correct), correct)
-
-
-def published_sudoku(completion: str, answer: dict) -> Reward:
-    """The empty cells that agree with the stored grid, read from the first of five places."""
-    tail, rest = completion.partition("<answer>")[2], completion.partition("</answer>")[2]
-    fence = re.search(r"```([\d\s]+)```", tail)
-    end = re.search(END.pattern + "|</answer>", tail)
-    places = [fence[1] if fence else "", tail[: end.start()] if end else "", END.split(rest)[0]]
-    places += re.findall(r"(\d{16})\s*</answer>", completion)[:1]
-    places += re.findall(r"\b(\d{16})\b", completion)[:1]
-    grid = re.sub(r"\s", "", next((place for place in places if place.strip()), ""))
-    cells = [g == s for p, g, s in zip(answer["puzzle"], grid, answer["solution"]) if p == "0"]
-    share = sum(cells) / answer["puzzle"].count("0")
-    return Reward(share, share == 1, cells=share)
-
-
-PUBLISHED = {
-    "gsm8k": published_gsm8k,
-    "math": published_math,
-    "countdown": published_countdown,
-    "sudoku": published_sudoku,
-}
+def sandbox(unsafe: bool = False) -> Sandbox:
+    """This process's sandbox. The first call starts it, and decides whether it runs where the
+    locks are missing (ValueError if not); later calls return the same one whatever they pass."""
+    global started
+    if started is None:
+        workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        started = Sandbox(workers=min(max(workers, 1), 16), unsafe=unsafe)
+        atexit.register(started.close)
+    return started
 
 
 # ---- the tasks -----------------------------------------------------------------------------------
@@ -1047,65 +913,23 @@ TASKS: dict[str, Task] = {
              "numbers (a list of 2 to 6 whole numbers) and target (a whole number)"),
         Task("toycode", toycode_rows, toycode_build, code_judge,
              "text (what follows: a function f(a, b) that returns), code and tests (asserts)",
-             judge_all=code_judge_all),
+             judge_all=code_judge_all, runs_code=True),
         Task("gsm8k", files("gsm8k", "gsm8k"), gsm8k_build, gsm8k_judge,
              "question and answer (a number, or a text that ends in #### and a number)"),
         Task("math", files("math", "math"), math_build, math_judge,
              "problem and answer (LaTeX), or problem and solution (with a \\boxed{})"),
         Task("humaneval", files("kodcode", "humaneval"), code_build, code_judge, CODE,
-             ("kodcode", "mbpp"), code_judge_all),
+             ("kodcode", "mbpp"), code_judge_all, True),
         Task("mbpp", files("kodcode", "mbpp"), code_build, code_judge, CODE,
-             ("kodcode", "mbpp"), code_judge_all),
+             ("kodcode", "mbpp"), code_judge_all, True),
     )
 }  # fmt: skip
 
 
-# ---- scoring anybody's outputs -------------------------------------------------------------------
-
-
-def score(name: str, file: str, compat: bool = False) -> dict:
-    """Score rows of question, completion and answer (for code, answer is the data set's row); with
-    `compat` by the published rules. The file's completions may still hold their end tokens."""
-    if compat and name not in PUBLISHED:
-        raise ValueError(f"--compat: published rules exist for {', '.join(PUBLISHED)}, not {name}")
-    rows = read_file(Path(file))
-    for row in rows:
-        if not isinstance(row.get("completion"), str) or "answer" not in row:
-            raise ValueError(f"{row.where}: expected question, completion (a text) and answer")
-    completions = [row["completion"] for row in rows]
-    sources = []
-    for row in rows:
-        sources.append(Row(row["answer"]) if isinstance(row["answer"], dict) else row)
-        sources[-1].where = row.where
-    problems = [TASKS[name].problem(source) for source in sources]
-    if compat:
-        rewards = [PUBLISHED[name](c, p.answer) for c, p in zip(completions, problems)]
+if __name__ == "__main__":  # run as a script, this is not the module `data` that score imports
+    if sys.argv[1:] == ["--serve-algebra"]:
+        Algebra.serve()
     else:
-        rewards = TASKS[name].rewards([END.split(c)[0] for c in completions], problems)
-    correct = sum(reward.correct for reward in rewards)
-    tally = {"task": name, "n": len(rows), "correct": correct, "accuracy": correct / len(rows)}
-    if name == "sudoku":
-        empty = [problem.answer["puzzle"].count("0") for problem in problems]
-        cells = sum(round(reward * n) for reward, n in zip(rewards, empty))
-        tally |= {"cells": cells, "cells_accuracy": cells / sum(empty)}
-    return tally
+        import score
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # so that an error is one line
-    parser.add_argument("--task", required=True, choices=TASKS)
-    parser.add_argument("--score", required=True, metavar="FILE", help="rows of outputs")
-    parser.add_argument("--compat", action="store_true", help="by the published rules")
-    args = parser.parse_args()
-    try:
-        tally = score(args.task, args.score, args.compat)
-        if args.task in PUBLISHED and not args.compat:
-            tally["published_rules"] = score(args.task, args.score, compat=True)
-        print(json.dumps(tally))
-    except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    Algebra.serve() if sys.argv[1:] == ["--serve-algebra"] else main()
+        score.main()

@@ -14,6 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
+import score
 
 HEAD = "| outputs | published rules | ours | differing | counted by | cause |\n" + "|---" * 6 + "|"
 
@@ -23,14 +24,14 @@ def cause(task: str, text: str, answer: Any, ours_more: bool) -> str:
     if task == "sudoku" and not ours_more:
         return "digits outside the <answer> tag are taken"
     if task == "sudoku":
-        bare = data.published_sudoku(digits_only(text), answer)
-        signs = bare > data.published_sudoku(text, answer)
+        bare = score.published_sudoku(digits_only(text), answer)
+        signs = bare > score.published_sudoku(text, answer)
         return "signs between the digits shift them" if signs else "another solution fits better"
     if task == "countdown":
         return "an expression before the final answer is taken"
     if not ours_more:
         return "an earlier number is right, the final one is not"
-    if data.published_box(text + "<|eot_id|>") is None or "\\boxed{" not in text:
+    if score.published_box(text + "<|eot_id|>") is None or "\\boxed{" not in text:
         return "the final answer stands in no box, or in one that never closes"
     if task == "math":
         return "equal as algebra or as a number, written differently"
@@ -45,18 +46,17 @@ def digits_only(text: str) -> str:
 
 
 def compare(task: str, path: Path) -> None:
-    rows = data.read_file(path)
-    problems = [data.TASKS[task].problem(row) for row in rows]
-    texts = [data.END.split(row["completion"])[0] for row in rows]
+    completions, problems = score.read_outputs(task, path)
+    texts = [score.END.split(completion)[0] for completion in completions]
     ours = data.TASKS[task].rewards(texts, problems)
-    published = [data.PUBLISHED[task](r["completion"], p.answer) for r, p in zip(rows, problems)]
+    published = [score.PUBLISHED[task](c, p.answer) for c, p in zip(completions, problems)]
     if task == "sudoku":  # counts cells
         empty = [problem.answer["puzzle"].count("0") for problem in problems]
         ours, published = ([round(r * n) for r, n in zip(rs, empty)] for rs in (ours, published))
         total = f"{sum(empty)} cells"
     else:
         ours, published = ([r.correct for r in rewards] for rewards in (ours, published))
-        total = f"{len(rows)}"
+        total = f"{len(problems)}"
     causes = Counter(
         ("ours" if a > b else "published", cause(task, text, problem.answer, a > b))
         for text, problem, a, b in zip(texts, problems, ours, published)
@@ -71,7 +71,7 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     print(HEAD)
-    for task in data.PUBLISHED:
+    for task in score.PUBLISHED:
         for path in sorted(Path(sys.argv[1]).glob(f"{task}*.jsonl")):
             compare(task, path)
 

@@ -1,0 +1,106 @@
+"""What must stay true of scoring outputs: the published rules with their faults, and ours."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_data import MBPP_ROW, fenced
+
+import score
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("EGSPO_SHARED", ROOT.parent / "shared")) / "data"
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the data sets")
+
+
+def run_score(*args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "data.py"), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    "name, file, expected",
+    [("countdown", "countdown_256.jsonl", {"n": 256, "correct": 50}),
+     ("math", "math500_256.jsonl", {"n": 500, "correct": 162}),
+     ("gsm8k", "gsm8k_256.jsonl", {"n": 1130, "correct": 863}),
+     ("sudoku", "sudoku_256.jsonl", {"n": 256, "cells": 137, "cells_accuracy": 137 / 2048})],
+)  # fmt: skip
+def test_the_compatible_scorer_reproduces_the_published_row(name, file, expected):
+    run = run_score("--task", name, "--score", str(SHARED / "llada_outputs" / file), "--compat")
+    result = json.loads(run.stdout)
+    assert {"task": name} | expected == {key: result[key] for key in ["task", *expected]}
+    assert result["accuracy"] == result["correct"] / result["n"]
+
+
+def test_scoring_prints_one_line_and_cuts_completions_at_the_end_token(tmp_path):
+    rows = [
+        {"question": "?", "completion": "<answer>\\boxed{1,000}<|eot_id|> 7", "answer": 1000.0},
+        {"question": "?", "completion": "it is 7<|eot_id|>8", "answer": "#### 7"},
+        {"question": "?", "completion": "it is 7", "answer": None},
+    ]
+    file = tmp_path / "outputs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = run_score("--task", "gsm8k", "--score", str(file))
+    printed = json.loads(run.stdout)
+    published = printed.pop("published_rules")
+    assert printed == {"task": "gsm8k", "n": 3, "correct": 2, "accuracy": 2 / 3}
+    assert len(run.stdout.splitlines()) == 1
+    compat = json.loads(run_score("--task", "gsm8k", "--score", str(file), "--compat").stdout)
+    assert compat == published
+    assert compat["correct"] == 0  # 1,000 is read as 1, and a text without a box or tag as nothing
+
+
+def test_scoring_programs_takes_the_data_set_s_row_as_the_answer(tmp_path):
+    file = tmp_path / "outputs.jsonl"
+    row = {"question": "?", "completion": fenced(MBPP_ROW["code"]), "answer": MBPP_ROW}
+    file.write_text(json.dumps(row) + "\n")
+    assert score.score("mbpp", str(file))["correct"] == 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    ["--task chess --score x", "--task math", "--task math --score nowhere", "--score x",
+     "--task mbpp --score nowhere --compat", "--task math --score x --fast", ""],
+)  # fmt: skip
+def test_a_wrong_command_line_ends_with_2_and_one_line(args):
+    run = run_score(*args.split())
+    assert run.returncode == 2 and not run.stdout and len(run.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "text, grid",
+    [("<answer>``` 12\n34 ```", "1234"), ("<answer>12<|eot_id|>", "12"), ("</answer> 34", "34"),
+     ("<answer></answer>56<|endoftext|>", "56"), ("1234123412341234 </answer>", "1234" * 4),
+     ("it is 4321432143214321", "4321" * 4), ("no", ""), ("<answer>12", "")],
+)  # fmt: skip
+def test_the_published_sudoku_rule_looks_in_five_places_in_order(text, grid):
+    answer = {"puzzle": "0" * 16, "solution": grid + "x" * (16 - len(grid))}
+    assert score.published_sudoku(text, answer) == len(grid) / 16
+
+
+@pytest.mark.parametrize(
+    "a, b, same",
+    [("\\dfrac12", "\\frac{1}{2}", True), ("x = 5", "5", True), ("xyz = 5", "5", False),
+     (".5", "0.5", True), ("3/4", "\\frac{3}{4}", True), ("a/b", "a / b", False),
+     ("5\\text{ cm}", "5", True), ("\\sqrt3", "\\sqrt{3}", True), ("\\sqrt", "\\sqrt ", False),
+     ("\\frac1{72}", "\\frac{1}{72}", True), ("\\left(1,2\\right)", "(1, 2)", True),
+     ("90^\\circ", "90", True), ("1\\text{ a}\\text{ b}", "1", False)],
+)  # fmt: skip
+def test_the_published_rule_for_latex_compares_normal_forms(a, b, same):
+    assert score.published_equal(a, b) == same
+
+
+@pytest.mark.parametrize(
+    "text, correct",
+    [("\\boxed{2 ** 3 - 1}", True), ("\\boxed{-1 + 2 * 3 - -2}", False), ("so 2 * 3 + 1 = 7", True),
+     ("<answer>3 * 2 + 1</answer>", False), ("\\boxed{3 \\times 2 + 1 = 7}", True),
+     ("2**3**1", False), ("\\boxed{2 * 3 + 1}", True), ("\\boxed{3.0 * 2 + 1}", False),
+     ("<answer>3 * 2 + 1</answer>\\boxed{", True), ("\\boxed{1**2**3 + 6}", False)],
+)  # fmt: skip
+def test_the_published_countdown_rule_follows_python(text, correct):
+    answer = {"numbers": [1, 2, 3], "target": 7}
+    assert score.published_countdown(text, answer).correct == correct
