@@ -4,7 +4,8 @@
 
 DIR holds raw outputs of a model (rows of question, completion, answer) as gsm8k*.jsonl,
 math*.jsonl, countdown*.jsonl and sudoku*.jsonl. Writes one Markdown table: the differing items by
-cause.
+cause. Exits 1 if the published rules do not count what was published for d1's outputs of the base
+model at length 256.
 """
 
 import sys
@@ -12,11 +13,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import score
 
 HEAD = "| outputs | published rules | ours | differing | counted by | cause |\n" + "|---" * 6 + "|"
+BASE = {"gsm8k_256": (863, 1130), "math500_256": (162, 500), "countdown_256": (50, 256),
+        "sudoku_256": (137, 2048)}  # fmt: skip
 
 
 def cause(task: str, text: str, answer: Any, ours_more: bool) -> str:
@@ -37,6 +40,8 @@ def cause(task: str, text: str, answer: Any, ours_more: bool) -> str:
         return "equal as algebra or as a number, written differently"
     if "," in (data.final_answer(text) or ""):
         return "a number is cut at its thousands comma"
+    if "\n" in (data.boxed(text) or ""):
+        return "a box with a line break in it is not seen"
     return "the first box is taken, the last is right"
 
 
@@ -45,7 +50,8 @@ def digits_only(text: str) -> str:
     return f"<answer>{digits}</answer>"
 
 
-def compare(task: str, path: Path) -> None:
+def compare(task: str, path: Path) -> tuple[int, int]:
+    """Print the rows of one file; what the published rules count, and out of how many."""
     completions, problems = score.read_outputs(task, path)
     texts = [score.END.split(completion)[0] for completion in completions]
     ours = data.TASKS[task].rewards(texts, problems)
@@ -53,28 +59,35 @@ def compare(task: str, path: Path) -> None:
     if task == "sudoku":  # counts cells
         empty = [problem.answer["puzzle"].count("0") for problem in problems]
         ours, published = ([round(r * n) for r, n in zip(rs, empty)] for rs in (ours, published))
-        total = f"{sum(empty)} cells"
+        total, unit = sum(empty), " cells"
     else:
         ours, published = ([r.correct for r in rewards] for rewards in (ours, published))
-        total = f"{len(problems)}"
+        total, unit = len(problems), ""
     causes = Counter(
         ("ours" if a > b else "published", cause(task, text, problem.answer, a > b))
         for text, problem, a, b in zip(texts, problems, ours, published)
         if a != b
     )
+    counts = f"{path.stem} | {sum(published)}/{total}{unit} | {sum(ours)}"
     for i, ((who, why), n) in enumerate(causes.most_common()):
-        left = f"{path.stem} | {sum(published)}/{total} | {sum(ours)}" if i == 0 else " | | "
-        print(f"| {left} | {n} | {who} | {why} |")
+        print(f"| {' | | ' if i else counts} | {n} | {who} | {why} |")
+    return sum(published), total
 
 
-def main() -> None:
+def main() -> int:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
+    wrong = 0
     print(HEAD)
     for task in score.PUBLISHED:
         for path in sorted(Path(sys.argv[1]).glob(f"{task}*.jsonl")):
-            compare(task, path)
+            counted, total = compare(task, path)
+            published, whole = BASE.get(path.stem, (0, 0))
+            if total == whole and counted != published:
+                print(f"{path.name}: {counted}/{total}, published: {published}", file=sys.stderr)
+                wrong = 1
+    return wrong
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,19 +1,16 @@
 """What must stay true of scoring outputs: the published rules with their faults, and ours."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from test_data import MBPP_ROW, fenced
 
 import score
 
 ROOT = Path(__file__).parents[1]
-SHARED = Path(os.environ.get("EGSPO_SHARED", ROOT.parent / "shared")) / "data"
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the data sets")
+OUTPUTS = Path(__file__).parent / "data" / "llada_outputs"
 
 
 def run_score(*args: str) -> subprocess.CompletedProcess:
@@ -21,19 +18,23 @@ def run_score(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-@needs_shared
 @pytest.mark.parametrize(
-    "name, file, expected",
-    [("countdown", "countdown_256.jsonl", {"n": 256, "correct": 50}),
-     ("math", "math500_256.jsonl", {"n": 500, "correct": 162}),
-     ("gsm8k", "gsm8k_256.jsonl", {"n": 1130, "correct": 863}),
-     ("sudoku", "sudoku_256.jsonl", {"n": 256, "cells": 137, "cells_accuracy": 137 / 2048})],
+    "name, file, published, ours",
+    [("countdown", "countdown_256.jsonl", {"correct": 6}, {"correct": 5}),
+     ("math", "math500_256.jsonl", {"correct": 3}, {"correct": 7}),
+     ("gsm8k", "gsm8k_256.jsonl", {"correct": 3}, {"correct": 6}),
+     ("sudoku", "sudoku_256.jsonl", {"correct": 0, "cells": 13, "cells_accuracy": 13 / 80},
+      {"correct": 0, "cells": 14, "cells_accuracy": 14 / 80})],
 )  # fmt: skip
-def test_the_compatible_scorer_reproduces_the_published_row(name, file, expected):
-    run = run_score("--task", name, "--score", str(SHARED / "llada_outputs" / file), "--compat")
+def test_published_rules_and_ours_count_the_excerpts_as_one_does_by_hand(
+    name, file, published, ours
+):
+    run = run_score("--task", name, "--score", str(OUTPUTS / file))
     result = json.loads(run.stdout)
-    assert {"task": name} | expected == {key: result[key] for key in ["task", *expected]}
-    assert result["accuracy"] == result["correct"] / result["n"]
+    counted = result.pop("published_rules")
+    for tally, expected in ((counted, published), (result, ours)):
+        share = expected["correct"] / 10
+        assert tally == {"task": name, "n": 10, "accuracy": share} | expected
 
 
 def test_scoring_prints_one_line_and_cuts_completions_at_the_end_token(tmp_path):
@@ -55,10 +56,28 @@ def test_scoring_prints_one_line_and_cuts_completions_at_the_end_token(tmp_path)
 
 
 def test_scoring_programs_takes_the_data_set_s_row_as_the_answer(tmp_path):
+    code = "def double(x):\n    return 2 * x"
+    answer = {"text": "Double a number.", "code": code, "test_list": ["assert double(2) == 4"]}
+    wrong = code.replace("2", "3")
     file = tmp_path / "outputs.jsonl"
-    row = {"question": "?", "completion": fenced(MBPP_ROW["code"]), "answer": MBPP_ROW}
-    file.write_text(json.dumps(row) + "\n")
-    assert score.score("mbpp", str(file))["correct"] == 1
+    with file.open("w") as rows:
+        for written in (code, wrong):
+            completion = f"```python\n{written}\n```<|eot_id|>"
+            row = {"question": "?", "completion": completion, "answer": answer}
+            rows.write(json.dumps(row) + "\n")
+    assert score.score("mbpp", file)["correct"] == 1
+
+
+def test_a_malformed_output_is_named_with_its_line(tmp_path):
+    file = tmp_path / "outputs.jsonl"
+    for name, row, reason in (
+        ("gsm8k", {"question": "?", "completion": 3, "answer": 1}, "expected question, completion"),
+        ("sudoku", {"question": "no grid", "completion": "", "answer": ""}, "the puzzle is None"),
+        ("countdown", {"completion": "", "answer": 7}, "no field 'numbers'"),
+    ):
+        file.write_text(json.dumps(row) + "\n")
+        with pytest.raises(ValueError, match=f"outputs.jsonl, line 1: {reason}"):
+            score.score(name, file)
 
 
 @pytest.mark.parametrize(
