@@ -5,8 +5,9 @@
 Prints programs a second and CPU a program (trainer, zygote, worker and judge together), each also
 as a ratio to a bare `python -I -S -c pass` timed just before it in the same run, so that the
 figures of a busy machine compare with those of an idle one. With --data-dir it judges HumanEval's
-references, else trivial programs only. Then --programs programs, one in ten of them hostile, after
-which no process and no descriptor may be left over; exits 1 if one is.
+references too. Then --programs programs, one in ten of them hostile. Exits 1 if a reference fails,
+or if a process or a descriptor is left over. (Both sets' references, and programs that return None:
+bench/calibrate.py.)
 """
 
 import argparse
@@ -21,7 +22,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sandbox import Sandbox  # noqa: E402
+from sandbox import Sandbox
 
 
 def job(code: str, *tests: str) -> dict:
@@ -74,7 +75,8 @@ def bare(n: int = 50) -> float:
     return (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / n
 
 
-def throughput(box: Sandbox, label: str, jobs: list[dict]) -> None:
+def throughput(box: Sandbox, label: str, jobs: list[dict]) -> bool:
+    """Print it; whether all programs pass."""
     interpreter = bare()
     pids = [slot.process.pid for slot in box.slots]
     cpu, wall = cpu_seconds(pids), time.perf_counter()
@@ -87,6 +89,7 @@ def throughput(box: Sandbox, label: str, jobs: list[dict]) -> None:
         f"({1e3 * interpreter:.1f} ms)",
         flush=True,
     )
+    return passed == len(jobs)
 
 
 def living(pids: list[int]) -> list[int]:
@@ -140,13 +143,13 @@ def main() -> int:
         python = sys.version.split()[0]
         print(f"Python {python}, {workers} workers, missing: {box.missing or 'none'}", flush=True)
         box.run([TRIVIAL] * 20)
-        throughput(box, "trivial programs", [TRIVIAL] * 500)
+        fine = throughput(box, "trivial programs", [TRIVIAL] * 500)
         if args.data_dir:
-            throughput(box, "HumanEval's references", humaneval(args.data_dir))
-        leaked = leaks(box, args.programs)
+            fine &= throughput(box, "HumanEval's references", humaneval(args.data_dir))
+        fine &= not leaks(box, args.programs)
     left = living(["self"])
     print(f"{len(left)} processes left after closing")
-    return int(leaked or bool(left))
+    return int(not fine or bool(left))
 
 
 if __name__ == "__main__":

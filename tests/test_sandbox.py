@@ -8,7 +8,6 @@ import ast
 import gzip
 import itertools
 import json
-import math
 import os
 import platform
 import shutil
@@ -18,6 +17,7 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,8 +26,7 @@ import sandbox
 from sandbox import LOCKS, Sandbox
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("EGSPO_SHARED", ROOT.parent / "shared")) / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not here")
+EXCERPTS = Path(__file__).resolve().with_name("data")  # ten rows of each public data set
 linux = pytest.mark.skipif(sys.platform != "linux", reason="these locks are Linux's")
 
 PLUS_ONE = [
@@ -209,25 +208,25 @@ def f(x):
 def test_verdicts_come_in_the_order_of_the_jobs(box):
     code = "import time\ndef f(): time.sleep({} / 50); return {}"
     tests = "assert f() == {}", "assert 0, f()"
-    jobs = [job(code.format(i * 7 % 5, i), *(t.format(i) for t in tests)) for i in range(40)]
+    jobs = [job(code.format(i * 7 % 5, i), *(t.format(i) for t in tests)) for i in range(12)]
     verdicts = box.run(jobs)
-    assert [v["why"] for v in verdicts] == [f"test 1: AssertionError: {i}" for i in range(40)]
+    assert [v["why"] for v in verdicts] == [f"test 1: AssertionError: {i}" for i in range(12)]
     assert box.run([]) == []
 
 
 # ---- real data sets ------------------------------------------------------------------------------
 
 
-def humaneval(body=None):
-    for line in gzip.decompress((DATA / "HumanEval.jsonl.gz").read_bytes()).splitlines():
+def humaneval(wrong):
+    for line in gzip.decompress((EXCERPTS / "HumanEval.jsonl.gz").read_bytes()).splitlines():
         row = json.loads(line)
         name = row["entry_point"]
-        code = row["prompt"] + (body or row["canonical_solution"])
+        code = row["prompt"] + ("    return None\n" if wrong else row["canonical_solution"])
         yield job(code, f"check({name})", names=[name], before=row["prompt"], setup=row["test"])
 
 
-def mbpp(wrong=False):
-    for line in (DATA / "mbpp.jsonl").read_bytes().splitlines():
+def mbpp(wrong):
+    for line in (EXCERPTS / "mbpp.jsonl").read_bytes().splitlines():
         row = json.loads(line)
         tree = ast.parse(row["code"])
         tests = [row["test_setup_code"], *row["test_list"]]
@@ -239,25 +238,11 @@ def mbpp(wrong=False):
                   before="\n".join(imports), setup=row["test_setup_code"])  # fmt: skip
 
 
-def solved(jobs):
-    with Sandbox(workers=os.cpu_count(), cpu_s=60, wall_s=120) as box:
-        return sum(all(verdict["ok"]) for verdict in box.run(jobs))
-
-
-@needs_data
-@linux
-def test_all_references_of_humaneval_pass_and_no_program_that_returns_none():
-    assert solved(humaneval()) == 164
-    assert solved(humaneval("    return None\n")) == 0
-
-
-@needs_data
-@linux
-@pytest.mark.filterwarnings("ignore::SyntaxWarning", "ignore::DeprecationWarning")  # odd escapes
-@pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.slow)])
-def test_the_references_of_mbpp_pass_and_no_program_that_returns_none(every):
-    assert solved(itertools.islice(mbpp(), 0, None, every)) == math.ceil(974 / every)
-    assert solved(itertools.islice(mbpp(wrong=True), 0, None, every)) == 0
+@pytest.mark.parametrize("jobs", [humaneval, mbpp])
+def test_references_of_the_public_sets_pass_and_no_program_that_returns_none(box, jobs):
+    for wrong in (False, True):
+        verdicts = box.run(jobs(wrong))
+        assert [all(verdict["ok"]) for verdict in verdicts] == [not wrong] * 10
 
 
 # ---- wrong and hostile input ---------------------------------------------------------------------
@@ -345,7 +330,7 @@ def answer(reply, replies=('["value", null]', '["value", {"h": 1}]')):  # to "ru
         write(reply)
 """  # a program that does its own talking on the link to the judge
 
-FORGERIES = dict(part.split("\n", 1) for part in r"""
+FORGERIES = r"""
 ## equals everything
 class E:
  __eq__ = lambda s, o: True
@@ -551,7 +536,8 @@ def f(x):
  l = [1]
  for _ in range(60): l = [l, l]
  return l
-"""[4:].split("\n## "))  # stopped by the two processes and the protocol, with every lock open
+"""  # stopped by the two processes and the protocol, with every lock open
+FORGERIES = dict(part.split("\n", 1) for part in FORGERIES[4:].split("\n## "))
 for base in "int str float tuple list dict bytes complex frozenset".split():
     FORGERIES[f"{base} that equals everything"] = f"""
 class E({base}):
@@ -625,7 +611,7 @@ def jail(function, *args, timeout=60):
     if subprocess.run([*command, "true"], capture_output=True).returncode:
         pytest.skip("unshare is not permitted here")
     command += [sys.executable, "-W", "ignore", __file__, function.__name__, json.dumps(args)]
-    env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], "EGSPO_SHARED": str(DATA.parent)}
+    env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, timeout=timeout, check=True)
     return json.loads(done.stdout)
 
@@ -659,8 +645,8 @@ def forgeries(off):
     return dict(attack(jobs, off), right=right)
 
 
-def published(groups, off):
-    rows = json.loads((DATA / "attacks.json").read_text())
+def stored_attacks(groups, off):
+    rows = json.loads((EXCERPTS / "attacks.json").read_text())
     rows = [row for row in rows if row["group"] in groups]
     jobs = {row["name"]: job(row["code"], *row["tests"], names=row["names"]) for row in rows}
     return attack(jobs, off)
@@ -696,17 +682,17 @@ def test_no_forgery_passes_with_all_locks_closed_or_all_open(off):
 
 
 @linux
-@needs_data
-def test_no_published_attack_passes():
-    result = jail(published, ["break out", "break the judge", "forge the verdict", "waste"], [])
+def test_no_stored_attack_passes():
+    result = jail(
+        stored_attacks, ["break out", "break the judge", "forge the verdict", "waste"], []
+    )
     assert result["passed"] == result["hurt"] == [] and result["left"] == result["restarts"] == 0
 
 
 @linux
-@needs_data
-def test_published_attacks_on_the_verdict_fail_without_seccomp_landlock_and_setuid():
+def test_stored_attacks_on_the_verdict_fail_without_seccomp_landlock_and_setuid():
     groups, off = ["break the judge", "forge the verdict"], ["seccomp", "landlock", "setuid"]
-    result = jail(published, groups, off)
+    result = jail(stored_attacks, groups, off)
     assert result["passed"] == result["hurt"] == [] and result["left"] == 0
 
 
@@ -780,13 +766,16 @@ def descendants(pid):
     return [int(c) for c in children] + [d for c in children for d in descendants(c)]
 
 
-def gone(pids, seconds=5):
-    deadline = time.monotonic() + seconds
-    while living() & set(pids):
-        if time.monotonic() > deadline:
-            return False
+def eventually(condition):
+    """Wait until it is true: a busy machine may take its time."""
+    deadline = time.monotonic() + 30
+    while not (result := condition()) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return True
+    return result
+
+
+def gone(pids):
+    return eventually(lambda: not living() & set(pids))
 
 
 @linux
@@ -795,10 +784,13 @@ def test_a_dead_zygote_is_replaced_and_counted_and_its_job_run_again():
         assert all(box.run([GOOD])[0]["ok"]) and box.restarts == 0
         os.kill(box.slots[0].process.pid, signal.SIGKILL)
         assert all(box.run([GOOD])[0]["ok"]) and box.restarts == 1
-        first = box.slots[0].process.pid  # and in the middle of a job:
-        threading.Timer(0.2, os.kill, (first, signal.SIGKILL)).start()
+        first = box.slots[0].process.pid
         slow = job("import time\ndef f(x): time.sleep(0.5); return x", "assert f(1) == 1")
-        assert all(box.run([slow])[0]["ok"]) and box.restarts == 2
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(box.run, [slow])
+            assert eventually(lambda: descendants(first))
+            os.kill(first, signal.SIGKILL)  # in the middle of a job
+            assert all(running.result()[0]["ok"]) and box.restarts == 2
 
 
 @linux
@@ -814,15 +806,15 @@ def test_a_stuck_zygote_is_replaced_and_counted(monkeypatch):
 def test_closing_ends_all_processes_even_in_the_middle_of_a_job():
     box = Sandbox(workers=2, cpu_s=5, wall_s=30)
     jobs = [job("import time\ntime.sleep(30)", "assert f()")] * 6
-    runner = threading.Thread(target=lambda: pytest.raises(BaseException, box.run, jobs))
-    runner.start()
-    time.sleep(0.3)
     zygotes = [slot.process.pid for slot in box.slots]
-    pids = zygotes + [d for pid in zygotes for d in descendants(pid)]
-    assert len(pids) == 6  # a zygote, a worker and a judge each
-    box.close()
-    runner.join(5)
-    assert not runner.is_alive() and gone(pids)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(box.run, jobs)
+        assert eventually(lambda: sum(len(descendants(pid)) for pid in zygotes) == 4)
+        pids = zygotes + [d for pid in zygotes for d in descendants(pid)]
+        box.close()  # ends two zygotes, each with a worker and a judge
+        with pytest.raises((CancelledError, RuntimeError)):
+            running.result()
+    assert len(pids) == 6 and gone(pids)
     box.close()
 
 
@@ -840,9 +832,8 @@ def test_nothing_outlives_the_trainer_however_it_ends(sign):
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     assert trainer.stdout.readline() == b"ready\n"
-    time.sleep(0.3)
+    assert eventually(lambda: len(descendants(trainer.pid)) == 6)
     pids = descendants(trainer.pid)
-    assert len(pids) == 6
     trainer.send_signal(sign)
     trainer.communicate(timeout=10)
     assert gone(pids)
@@ -856,12 +847,9 @@ def test_it_works_beside_busy_threads_and_from_several_of_them_and_leaks_nothing
     counts = []
     try:
         for _ in range(3):
-            results = []
-            run = lambda: results.extend(box.run([GOOD] * 10))  # noqa: E731
-            callers = [threading.Thread(target=run) for _ in range(4)]
-            [t.start() for t in callers]
-            [t.join() for t in callers]
-            assert len(results) == 40 and all(all(v["ok"]) for v in results)
+            with ThreadPoolExecutor(4) as callers:
+                results = sum(callers.map(box.run, [[GOOD] * 5] * 4), [])
+            assert len(results) == 20 and all(all(v["ok"]) for v in results)
             pids = ["self", *(slot.process.pid for slot in box.slots)]
             readable = pids if os.getuid() == 0 else pids[:1]  # a zygote hides its own
             counts.append([len(os.listdir(f"/proc/{pid}/fd")) for pid in readable])
