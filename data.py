@@ -1,9 +1,9 @@
 """Where do problems come from, and what is an answer worth?
 
-A task is three functions: `rows` yields plain dicts (generated here, or read from a file or the
-hub), `build` turns a row into a prompt and the answer that its reward needs, `judge` scores a
-completion against that answer. `TASKS` maps names to tasks; `TASKS["mine"] = Task("mine", ...)`
-adds one.
+A task is three functions: `rows` gives plain dicts (generated here, or read from a file or the
+hub), `build` turns a row into a prompt and the answer that its reward needs, `judge` compares a
+completion with that answer. `TASKS`, at the end, maps names to tasks;
+`TASKS["mine"] = Task("mine", ...)` adds one.
 
     task        reward: the sum of these parts                                correct
     sudoku      cells: share of the empty cells right                         solved, clues kept
@@ -15,14 +15,15 @@ adds one.
     mbpp        the same
 
 Every reward is total: any string in, a finite number out, in bounded time. A policy writes these
-strings, so none of them is run here: arithmetic has an evaluator of its own, LaTeX is compared in a
-process that can be killed, and programs go to sandbox.py.
+strings, so nothing here executes them: arithmetic has a calculator of its own, LaTeX is compared in
+a process that can be killed, and programs go to sandbox.py.
 
-    python data.py --task math --score outputs.jsonl    score anybody's outputs: see score.py
+    python data.py --task math --score outputs.jsonl    scores anybody's outputs, see score.py
 """
 
 import ast
 import atexit
+import contextlib
 import csv
 import gzip
 import itertools
@@ -44,13 +45,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, lru_cache
+from operator import add, mul, sub, truediv
 from pathlib import Path
 from typing import Any
 
 from sandbox import Sandbox
 
-LONGEST = 20_000  # characters of a completion that are looked at, counted from its end
-HELD_OUT = 256  # problems in the validation split, and in the test split of generated tasks
+LONGEST = 20_000  # of a longer completion only this many characters count, the last ones
+HELD_OUT = 256  # problems for validation, and for the test of generated tasks
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,11 @@ class Reward(float):
 
 
 class Unusable(ValueError):
-    """A row that is well formed but cannot be judged here; it is left out, with a warning."""
+    """A well-formed row that cannot be judged here. It is left out, with a warning."""
 
 
 class Row(dict):
-    """A row that remembers the file and line it came from, for the message when it is malformed."""
+    """The fields of a row, and the file and line they came from, for error messages."""
 
     def __init__(self, fields: Mapping, where: str) -> None:
         super().__init__(fields)
@@ -95,13 +97,13 @@ class Task:
     """Where the problems of one task come from, and how a completion is judged."""
 
     name: str
-    rows: Callable[..., Iterable[dict]]  # split, data_dir and, with train_sets, one of them -> rows
+    rows: Callable[..., Iterable[dict]]  # (split, data_dir[, one of train_sets]) -> rows
     build: Callable[[dict], tuple[str, Any]]  # row -> prompt, answer; ValueError if malformed
     judge: Callable[[str, Any], Reward]  # completion, answer -> reward; never raises
-    fields: str = "other fields"  # what a row holds, for the message about a malformed one
+    fields: str = "other fields"  # what a row should hold, for the message about a malformed one
     train_sets: tuple[str, ...] = ()  # choices of --train-set, the default first
-    judge_all: Callable[[list[str], list[Any]], list[Reward]] | None = None  # if faster in one go
-    runs_code: bool = False  # judging runs programs, so it needs the sandbox
+    judge_all: Callable[[list[str], list[Any]], list[Reward]] | None = None  # a batch, if faster
+    runs_code: bool = False  # judging runs programs, so it takes the sandbox
 
     def load(
         self,
@@ -129,10 +131,8 @@ class Task:
             rows = list(self.rows(split, data_dir or None, *filter(None, [train_set])))
         problems = []
         for i, row in enumerate(rows):
-            try:
+            with contextlib.suppress(Unusable):
                 problems.append(self.problem(row, f"{split}-{i}"))
-            except Unusable:
-                pass
         if not problems:
             raise ValueError(f"{file or self.name}: too few usable rows, none is left for {split}")
         if len(problems) < len(rows):
@@ -173,31 +173,30 @@ class Source:
     """A published data set: its file in --data-dir, where the hub has it, and which task_ids."""
 
     file: str
-    hub: str = ""
+    hub: str = ""  # id@revision
     config: str = ""
     split: str = ""
-    revision: str = ""
     ids: range | None = None
 
 
-GSM8K = ("openai/gsm8k", "main"), "740312add88f781978c0658806c59bc2815b9866"
-MBPP = ("google-research-datasets/mbpp", "full"), "4bb6404fdc6cacfda99d4ac4205087b89d32030c"
+GSM8K = "openai/gsm8k@740312add88f781978c0658806c59bc2815b9866", "main"
+MATH = "DigitalLearningGmbH/MATH-lighteval@0530c78699ea5e8eb5530600900e1f328b48acad", "default"
+MATH500 = "HuggingFaceH4/MATH-500@6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", "default"
+HUMANEVAL = "openai/openai_humaneval@7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", "openai_humaneval"
+MBPP = "google-research-datasets/mbpp@4bb6404fdc6cacfda99d4ac4205087b89d32030c", "full"
+KODCODE = "KodCode/KodCode-Light-RL-10K@dcf78a8bbba9a613b596ce993c4921a38687dfcc", "default"
 SOURCES = {
     "sudoku_test": Source("sudoku_test.csv"),
     "countdown_test": Source("countdown_test.jsonl"),
-    "gsm8k_train": Source("gsm8k_train.jsonl", *GSM8K[0], "train", GSM8K[1]),
-    "gsm8k_test": Source("gsm8k_test.jsonl", *GSM8K[0], "test", GSM8K[1]),
-    "math_train": Source("math_train.jsonl", "DigitalLearningGmbH/MATH-lighteval", "default",
-                         "train", "0530c78699ea5e8eb5530600900e1f328b48acad"),
-    "math_test": Source("math500.jsonl", "HuggingFaceH4/MATH-500", "default", "test",
-                        "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"),
-    "humaneval_test": Source("HumanEval.jsonl.gz", "openai/openai_humaneval", "openai_humaneval",
-                             "test", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544"),
-    "mbpp_train": Source("mbpp.jsonl", *MBPP[0], "train", MBPP[1], range(601, 975)),
-    "mbpp_test": Source("mbpp.jsonl", *MBPP[0], "test", MBPP[1], range(11, 511)),
-    "kodcode_train": Source("kodcode.jsonl", "KodCode/KodCode-Light-RL-10K", "default", "train",
-                            "dcf78a8bbba9a613b596ce993c4921a38687dfcc"),
-}  # fmt: skip
+    "gsm8k_train": Source("gsm8k_train.jsonl", *GSM8K, "train"),
+    "gsm8k_test": Source("gsm8k_test.jsonl", *GSM8K, "test"),
+    "math_train": Source("math_train.jsonl", *MATH, "train"),
+    "math_test": Source("math500.jsonl", *MATH500, "test"),
+    "humaneval_test": Source("HumanEval.jsonl.gz", *HUMANEVAL, "test"),
+    "mbpp_train": Source("mbpp.jsonl", *MBPP, "train", range(601, 975)),
+    "mbpp_test": Source("mbpp.jsonl", *MBPP, "test", range(11, 511)),
+    "kodcode_train": Source("kodcode.jsonl", *KODCODE, "train"),
+}
 
 
 def files(train: str, test: str) -> Callable[..., list[Row]]:
@@ -215,24 +214,23 @@ def read(name: str, data_dir: str | None) -> list[Row]:
     """A published data set: its file in data_dir, else the hub's copy."""
     source, rows = SOURCES[name], stored(name, data_dir)
     if not rows:
-        from datasets import load_dataset  # takes a second, and most tasks do without
+        from datasets import load_dataset  # takes a second, and most tasks never need it
 
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the line below says it once
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our message is enough
+        name, _, revision = source.hub.partition("@")
         try:
-            found = load_dataset(
-                source.hub, source.config, split=source.split, revision=source.revision
-            )
+            found = load_dataset(name, source.config, split=source.split, revision=revision)
         except (OSError, ValueError) as error:  # no connection, and no copy in the cache
             raise FileNotFoundError(
-                f"cannot get {source.hub} from the hub ({type(error).__name__}): download its "
+                f"cannot get {name} from the hub ({type(error).__name__}): download its "
                 f"{source.split} split as JSON lines and put it into --data-dir as {source.file}"
             ) from error
-        rows = [Row(row, f"{source.hub}, row {i}") for i, row in enumerate(found)]
+        rows = [Row(row, f"{name}, row {i}") for i, row in enumerate(found)]
     return [row for row in rows if source.ids is None or row.get("task_id") in source.ids]
 
 
 def stored(name: str, data_dir: str | None) -> list[Row]:
-    """A published data set's file in data_dir; nothing where it is not there."""
+    """The rows of a published data set's file in data_dir; none where there is no such file."""
     if data_dir is None or not (Path(data_dir) / SOURCES[name].file).exists():
         return []
     return read_file(Path(data_dir) / SOURCES[name].file)
@@ -365,15 +363,15 @@ def matching(puzzle: Iterable[str]) -> int:
 
 @lru_cache(maxsize=50_000)
 def sudoku_solutions(puzzle: str) -> tuple[str, ...]:
-    """Every grid that keeps the clues of a puzzle of 16 digits, 0 for an empty cell."""
+    """Every grid that keeps the clues of a puzzle (16 digits, 0 for an empty cell)."""
     left = matching(puzzle)
     return tuple(grid for i, grid in enumerate(sudoku_grids()) if left >> i & 1)
 
 
 def sudoku_rows(split: str, data_dir: str | None) -> list[dict]:
-    """Puzzles with one solution and 4 to 11 empty cells. 200 of the 288 grids make the training
-    puzzles, 44 the validation and 44 the test puzzles, so no split knows another's solutions. A
-    sudoku_test.csv in data_dir is the test split instead."""
+    """Puzzles with one solution and 4 to 11 empty cells. Of the 288 grids, 200 are for training, 44
+    for validation and 44 for the test, so no split knows another's solutions. A sudoku_test.csv in
+    data_dir replaces the test split."""
     if split == "test" and (rows := stored("sudoku_test", data_dir)):
         return rows
     grids = random.Random(0).sample(sudoku_grids(), 288)
@@ -405,8 +403,8 @@ def sudoku_build(row: dict) -> tuple[str, dict]:
 
 
 def sudoku_judge(completion: str, answer: dict) -> Reward:
-    """The share of the empty cells that are right, for the best of the puzzle's solutions; correct:
-    16 digits that keep the clues and complete every row, column and box."""
+    """The share of the empty cells that are right, by the puzzle's solution that fits best. Correct
+    are 16 digits that keep the clues and complete every row, column and box."""
     puzzle, digits = answer["puzzle"], re.sub("[^0-9]", "", final_answer(completion) or "")
     empty = [i for i, clue in enumerate(puzzle) if clue == "0"]
     filled = [i for i in empty if i < len(digits)]
@@ -422,18 +420,16 @@ COUNTDOWN = (
     "Give the expression between <answer> and </answer>."
 )
 
-
-FOUR = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__,
-        ast.Mult: Fraction.__mul__, ast.Div: Fraction.__truediv__}  # fmt: skip
+OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
 
 
 def calculate(
-    text: str, operators: dict[type, Callable] = FOUR, kinds: tuple[type, ...] = (int,)
+    text: str, operators: dict[type, Callable] = OPERATORS, kinds: tuple[type, ...] = (int,)
 ) -> tuple[Fraction, list[int]]:
-    """The exact value of an expression of + - * / ( ) and whole numbers, and the numbers it uses.
+    """The exact value of an expression of + - * / ( ) and whole numbers, and the numbers in it.
 
-    ValueError for anything else (powers, signs, names, floats, more than 200 characters), unless
-    `operators` (by AST class) and `kinds` of constants allow more; and ZeroDivisionError.
+    ValueError for anything else (powers, signs, names, floats, more than 200 characters);
+    `operators` (by AST class) and `kinds` of constants can allow more. ZeroDivisionError as usual.
     """
     if len(text) > 200 or not re.fullmatch(r"[0-9+\-*/().\s]+", text):
         raise ValueError("not an arithmetic expression")
@@ -457,7 +453,7 @@ def calculate(
 
 @lru_cache(maxsize=100_000)
 def countdown_values(numbers: tuple[int, ...]) -> dict[int, str]:
-    """What the numbers make in this order with + - * and no brackets: value -> one expression."""
+    """What + - * make of the numbers in this order, without brackets: value -> an expression."""
     found = {}
     for signs in itertools.product("+-*", repeat=len(numbers) - 1):
         text = str(numbers[0]) + "".join(f" {sign} {n}" for sign, n in zip(signs, numbers[1:]))
@@ -466,9 +462,9 @@ def countdown_values(numbers: tuple[int, ...]) -> dict[int, str]:
 
 
 def countdown_rows(split: str, data_dir: str | None) -> list[dict]:
-    """Three numbers of 1 to 9, in an order in which + - * alone make the target of 1 to 99: a small
-    model can learn that search. Splits share no (numbers, target), whatever the order of the
-    numbers. A countdown_test.jsonl in data_dir is the test split instead."""
+    """Three numbers from 1 to 9, in an order in which + - * alone make the target (1 to 99): a
+    search that a small model can learn. No two splits share numbers and target, in any order of the
+    numbers. A countdown_test.jsonl in data_dir replaces the test split."""
     if split == "test" and (rows := stored("countdown_test", data_dir)):
         return rows
     rng, orders = random.Random("countdown"), {}
@@ -501,19 +497,16 @@ def countdown_build(row: dict) -> tuple[str, dict]:
 
 def countdown_judge(completion: str, answer: dict) -> Reward:
     """1 for an expression that makes the target; 0.1 for one that uses the right numbers once each.
-    LaTeX signs are read as plain ones, and an equals sign ends the expression."""
+    The expression ends at an equals sign, and may use LaTeX's operators and brackets."""
     text = (final_answer(completion) or "").partition("=")[0]
-    for signs, plain in (("\\times|\\cdot|×", "*"), ("\\div|÷", "/"), ("−", "-"),
-                         ("\\left|\\right|\\(|\\)|\\[|\\]|$", " ")):  # fmt: skip
-        for sign in signs.split("|"):
-            text = text.replace(sign, plain)
-    try:
+    text = re.sub(r"\\times|\\cdot|×", "*", text)
+    text = re.sub(r"\\div|÷", "/", text).replace("−", "-")
+    text = re.sub(r"\\left|\\right|\\[()\[\]]|\$", " ", text)
+    worth = 0.0
+    with contextlib.suppress(ValueError, ZeroDivisionError):
         value, numbers = calculate(" ".join(text.split()))
-    except (ValueError, ZeroDivisionError):
-        return Reward(0.0, expression=0.0)
-    if sorted(numbers) != sorted(answer["numbers"]):
-        return Reward(0.0, expression=0.0)
-    worth = 1.0 if value == answer["target"] else 0.1
+        if sorted(numbers) == sorted(answer["numbers"]):
+            worth = 1.0 if value == answer["target"] else 0.1
     return Reward(worth, worth == 1, expression=worth)
 
 
@@ -524,7 +517,7 @@ TOYCODE = f"{BLOCK}Write a Python function f(a, b) that returns "
 
 
 def toycode_terms() -> Iterator[tuple[str, str]]:
-    """The parts that functions are made of, in words and in Python."""
+    """What functions are made of, in words and in Python."""
     for v in "ab":
         yield v, v
         yield f"the square of {v}", f"{v} * {v}"
@@ -535,7 +528,8 @@ def toycode_terms() -> Iterator[tuple[str, str]]:
 
 @cache
 def toycode_functions() -> list[tuple[str, str]]:
-    """Every function of the grammar once: of those that agree on nine inputs, the first."""
+    """All functions of the grammar, in words and in Python; of those that agree on nine inputs only
+    the first."""
     terms, inputs = list(toycode_terms()), list(itertools.product((-7, 2, 9), (-4, 3, 12)))
     functions = list(terms)
     for (x, x_code), (y, y_code) in itertools.product(terms, repeat=2):
@@ -614,8 +608,8 @@ def math_judge(completion: str, answer: str) -> Reward:
     return Reward(correct + form, correct, correct=float(correct), format=form)
 
 
-PLAIN = re.compile(r"-?\d{1,3}(?:,?\d{3}){0,9}(?:\.\d{1,30})?", re.ASCII)
-HOPELESS = re.compile(  # what takes forever to work out, or no answer looks like
+NUMBER = re.compile(r"-?\d{1,3}(?:,?\d{3}){0,9}(?:\.\d{1,30})?", re.ASCII)
+HOPELESS = re.compile(  # would take for ever to work out, or is no answer
     r"\^\s*(?:\{[^{}]*|[\w.(]+)\s*\^|\^[\s{(+-]*\d{4}|[)}]\s*\^[\s{(+-]*\d{3}"  # towers of powers
     r"|\d{3}\s*[)}]*\s*!|!\s*!"  # large factorials
     r"|\\(?:sum|prod|int|lim|boxed)|[-+*/]{4}|[({[]{6}|[^ -~\s]|[`#@\"]|<\W"  # not answers
@@ -632,13 +626,13 @@ def tidy(latex: str) -> str:
 
 @lru_cache(maxsize=100_000)
 def same_math(found: str, gold: str) -> bool:
-    """Whether two LaTeX answers are equal. Texts of more than 200 characters, and those that would
-    take forever to work out, are compared as strings only."""
-    found, gold = tidy(found), tidy(gold)
-    if found == gold:
+    """Whether two LaTeX answers are equal: as text, as numbers, or as algebra; that is not tried on
+    sentences, on more than 200 characters, or where it would take for ever."""
+    tidy_found, tidy_gold = tidy(found), tidy(gold)
+    if tidy_found == tidy_gold:
         return True
-    if PLAIN.fullmatch(found) and PLAIN.fullmatch(gold):
-        return number(found) == number(gold)
+    if NUMBER.fullmatch(tidy_found) and NUMBER.fullmatch(tidy_gold):
+        return number(tidy_found) == number(tidy_gold)
     if len(found) > 200 or found.count("{") != found.count("}") or not re.search(r"\w", found):
         return False
     letters = re.sub(r"\\(?:text\w*|mbox|begin|end)\s*{[^{}]*}|\\[a-z]+|[^a-zA-Z]", "", found)
@@ -649,10 +643,10 @@ def same_math(found: str, gold: str) -> bool:
 
 
 class Algebra:
-    """math-verify in a process of its own: the signals that limit its time work in no other thread
-    than the main one, and some of what it is asked ends only when its process is killed."""
+    """math-verify in a process of its own: the signal that limits its time works in a main thread
+    only, and some comparisons end only when their process is killed."""
 
-    cpu_s, wall_s = 0.5, 5.0  # of one comparison: the first decides, the second is the backstop
+    cpu_s, wall_s = 0.5, 5.0  # limits of one comparison; the second is the backstop
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -720,7 +714,7 @@ class Algebra:
 
 @cache
 def algebra() -> Algebra:
-    """This process's one, started when the first two answers are compared."""
+    """This process's server, started when the first two answers are compared."""
     server = Algebra()
     atexit.register(server.close)
     return server
@@ -749,7 +743,7 @@ class approx:
         return abs(other - self.value) <= max(self.rel * abs(self.value), self.abs)
 sys.modules["pytest"] = types.ModuleType("pytest")
 vars(sys.modules["pytest"]).update(raises=raises, approx=approx)
-"""  # what KodCode's tests use of pytest, which the sandbox does not have
+"""  # the part of pytest that KodCode's tests use; the sandbox has no pytest
 
 
 def parse(code: str) -> ast.Module:
@@ -778,7 +772,8 @@ def imported(code: str) -> set[str]:
 
 
 def sandbox_job(code: str, setup: str, tests: list[str]) -> dict:
-    """`names`: what the reference defines and the tests use; `before`: the reference's imports."""
+    """A job for the sandbox. `names`: what the reference defines and the tests use; `before`: the
+    reference's imports."""
     tree, tests_tree = parse(code), parse("\n".join([setup, *tests]))
     used = {getattr(node, "id", getattr(node, "name", None)) for node in ast.walk(tests_tree)}
     imports = [ast.unparse(n) for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
@@ -794,8 +789,8 @@ def code_build(row: dict) -> tuple[str, dict]:
 
 
 def humaneval_build(row: dict) -> tuple[str, dict]:
-    """The tests are the asserts of check(candidate), each on its own; where it does more than
-    assert, all of it is one test. Helpers in the prompt are the judge's, never the program's."""
+    """Each assert of check(candidate) is a test; where it does more than assert, all of it is one.
+    Helpers in the prompt run in the judge, never as the program redefines them."""
     prompt, entry = text_of(row, "prompt"), text_of(row, "entry_point")
     stub = next((n for n in parse(prompt).body if getattr(n, "name", "") == entry), None)
     tree = parse(text_of(row, "test")).body
@@ -821,8 +816,8 @@ def mbpp_build(row: dict) -> tuple[str, dict]:
 
 
 def kodcode_build(row: dict) -> tuple[str, dict]:
-    """The tests are the test functions of a pytest file; one with arguments or decorators is left
-    out, it needs pytest itself. Unusable: no test is left, or a module is not Python's own."""
+    """Each test function of the row's pytest file is a test, except for those with arguments or
+    decorators, which need pytest itself. Unusable without any, or if a module is not Python's."""
     code, test, tests, setup = text_of(row, "solution"), text_of(row, "test"), [], []
     for node in parse(test).body:
         if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test"):
@@ -848,9 +843,9 @@ def code_block(completion: str) -> str | None:
 
 
 def program(completion: str, answer: dict) -> str | None:
-    """The program of a completion; None where it does not parse or lacks a name that the tests use.
-    HumanEval's prompt goes before it: all of it where only the body was written, else what is above
-    the function."""
+    """The program of a completion; None if it does not parse or lacks a name that the tests use.
+    For HumanEval the prompt goes first: all of it if only the body was written, else what stands
+    above the function."""
     code = code_block(completion)
     code = completion if code is None else code
     if "entry" in answer:
@@ -861,13 +856,13 @@ def program(completion: str, answer: dict) -> str | None:
         tree = parse(code)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return None
-    said = {getattr(node, "name", getattr(node, "id", None)) for node in ast.walk(tree)}
-    return code if said.issuperset(answer["job"]["names"]) else None
+    names = {getattr(node, "name", getattr(node, "id", None)) for node in ast.walk(tree)}
+    return code if names.issuperset(answer["job"]["names"]) else None
 
 
 def code_judge_all(completions: list[str], answers: list[dict]) -> list[Reward]:
     """The share of tests passed, and 0.1 for a closed block. What does not parse is not run, and
-    the same program for the same problem runs once."""
+    the same program for the same problem runs only once."""
     runs = [(program(c, answer), id(answer)) for c, answer in zip(completions, answers)]
     jobs = {run: {"code": run[0], **a["job"]} for run, a in zip(runs, answers) if run[0]}
     verdicts = dict(zip(jobs, sandbox().run(jobs.values()))) if jobs else {}
@@ -888,8 +883,8 @@ started: Sandbox | None = None
 
 
 def sandbox(unsafe: bool = False) -> Sandbox:
-    """This process's sandbox. The first call starts it, and decides whether it runs where the
-    locks are missing (ValueError if not); later calls return the same one whatever they pass."""
+    """This process's sandbox. The first call starts it, and its `unsafe` decides whether to run
+    where the locks are missing (ValueError if not); later calls return the same one regardless."""
     global started
     if started is None:
         workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -926,10 +921,10 @@ TASKS: dict[str, Task] = {
 }  # fmt: skip
 
 
-if __name__ == "__main__":  # run as a script, this is not the module `data` that score imports
+if __name__ == "__main__":
     if sys.argv[1:] == ["--serve-algebra"]:
         Algebra.serve()
     else:
-        import score
+        import score  # which imports `data`: as a script, this file is not that module
 
         score.main()

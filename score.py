@@ -16,6 +16,7 @@ import argparse
 import ast
 import itertools
 import json
+import operator
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -119,11 +120,11 @@ def power(a: Fraction, b: Fraction) -> Fraction:
     return a ** int(b)
 
 
-PYTHON = data.FOUR | {
+PYTHON = data.OPERATORS | {
     ast.Pow: power,
     ast.FloorDiv: lambda a, b: Fraction(a // b),
-    ast.USub: Fraction.__neg__,
-    ast.UAdd: Fraction.__pos__,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
 }
 
 

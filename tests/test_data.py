@@ -295,8 +295,9 @@ def test_gsm8k_pays_for_the_number_and_a_little_for_the_form(completion, correct
      ("10080", "10,\\!080", True), ("\\sqrt{12}", "2\\sqrt{3}", True), ("36.00", "36", True),
      ("", "1", False), ("9^{9^{9^9}}", "1", False), ("30**100**93", "1", False),
      ("9999!", "1", False), ("1 1/2", "11/2", False), ("x = 5", "y = 5", False),
-     ("10\\,080", "10,080", True), ("x=5", "5", True), ("\\left( 1,2 \\right)", "(1, 2)", True),
-     ("\\text{east}", "east", True), ("45^\\circ", "45", True)],
+     ("10\\,080", "10,080", True), ("x=5", "5", True), ("r^2 \\pi", "\\pi r^2", True),
+     ("\\left( 1,2 \\right)", "(1, 2)", True), ("\\text{east}", "east", True),
+     ("45^\\circ", "45", True)],
 )  # fmt: skip
 def test_math_answers_are_compared_as_algebra(found, gold, same):
     problem = data.TASKS["math"].problem({"problem": "?", "answer": gold})
