@@ -833,7 +833,7 @@ def kodcode_build(row: dict) -> tuple[str, dict]:
 
 
 def code_block(completion: str) -> str | None:
-    """The last ```python (or bare ```) block that defines something, closed or not, else None."""
+    """The last ```python (or bare ```) block, closed or not, preferably one that has a `def`."""
     blocks = []
     for fenced in completion.split("```")[1::2]:
         language, newline, code = fenced.partition("\n")
@@ -899,6 +899,7 @@ CODE = (
     "text, code and test_list (as MBPP), question, solution and test (as KodCode) or prompt, "
     "entry_point, canonical_solution and test (as HumanEval)"
 )
+PROGRAMS = {"judge": code_judge, "judge_all": code_judge_all, "runs_code": True}
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -906,17 +907,16 @@ TASKS: dict[str, Task] = {
              "puzzle (16 digits, 0 for an empty cell) and, if you like, solution"),
         Task("countdown", countdown_rows, countdown_build, countdown_judge,
              "numbers (a list of 2 to 6 whole numbers) and target (a whole number)"),
-        Task("toycode", toycode_rows, toycode_build, code_judge,
-             "text (what follows: a function f(a, b) that returns), code and tests (asserts)",
-             judge_all=code_judge_all, runs_code=True),
+        Task("toycode", toycode_rows, toycode_build, **PROGRAMS,
+             fields="text (what follows: a function f(a, b) that returns), code and tests"),
         Task("gsm8k", files("gsm8k", "gsm8k"), gsm8k_build, gsm8k_judge,
              "question and answer (a number, or a text that ends in #### and a number)"),
         Task("math", files("math", "math"), math_build, math_judge,
              "problem and answer (LaTeX), or problem and solution (with a \\boxed{})"),
-        Task("humaneval", files("kodcode", "humaneval"), code_build, code_judge, CODE,
-             ("kodcode", "mbpp"), code_judge_all, True),
-        Task("mbpp", files("kodcode", "mbpp"), code_build, code_judge, CODE,
-             ("kodcode", "mbpp"), code_judge_all, True),
+        Task("humaneval", files("kodcode", "humaneval"), code_build, **PROGRAMS,
+             fields=CODE, train_sets=("kodcode", "mbpp")),
+        Task("mbpp", files("kodcode", "mbpp"), code_build, **PROGRAMS,
+             fields=CODE, train_sets=("kodcode", "mbpp")),
     )
 }  # fmt: skip
 

@@ -614,9 +614,13 @@ class Sandbox:
     had, unless `unsafe`. Close it (or use `with`), or its processes stay until the trainer ends."""
 
     def __init__(
-        self, workers: int = 2, cpu_s: float = 5, wall_s: float = 10, unsafe: bool = False,
+        self,
+        workers: int = 2,
+        cpu_s: float = 5,
+        wall_s: float = 10,
+        unsafe: bool = False,
         off: Iterable[str] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.cfg = {"cpu_s": cpu_s, "wall_s": wall_s, "off": sorted(off)}
         if unknown := set(self.cfg["off"]) - set(LOCKS):
             raise ValueError(f"no such lock: {', '.join(unknown)}; there are {', '.join(LOCKS)}")

@@ -37,6 +37,11 @@ def test_published_rules_and_ours_count_the_excerpts_as_one_does_by_hand(
         assert tally == {"task": name, "n": 10, "accuracy": share} | expected
 
 
+def test_no_reward_needs_the_published_rules():
+    check = "import sys, data; sys.exit('score' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True, timeout=60)
+
+
 def test_scoring_prints_one_line_and_cuts_completions_at_the_end_token(tmp_path):
     rows = [
         {"question": "?", "completion": "<answer>\\boxed{1,000}<|eot_id|> 7", "answer": 1000.0},
