@@ -4,15 +4,16 @@ One bidirectional transformer serves both published families of masked diffusion
 
   LLaDA  LLaDA-8B-Base, LLaDA-8B-Instruct, LLaDA-1.5 (arXiv 2502.09992)
   Dream  Dream-v0-Instruct-7B (arXiv 2508.15487): Qwen2.5's layout; its logits at position i are for
-         the token at i + 1. `hidden` undoes that shift, so both families are aligned here.
+         the token at i + 1. `features` undoes that shift, so both families are aligned here.
 
 Written by hand so that no code comes from a hub, every shape is static (torch.compile sees one
 graph) and a row's result does not depend on its batch-mates. No dropout.
 Files keep the published layout: config.json and the tensor names of the authors, and PEFT's format
 for adapters, so that what was trained here loads elsewhere and the other way round.
 
-Shapes: N rows, L positions, D width, H heads, E width of a head, J or R positions asked for, V rows
-of the head. Bad files raise one line: FileNotFoundError if absent, ValueError for the rest.
+Shapes: N rows, L positions, D width, A attention heads, E width of each, J or R positions asked
+for, V rows of the head, B prompts of at most P tokens, C tokens of a completion. Bad files raise
+one line: FileNotFoundError if absent, ValueError for the rest.
 """
 
 import importlib.util
@@ -35,13 +36,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-Quantize = Literal["none", "nf4", "int8"]
+Quantize = Literal["none", "nf4"]
 
 # ---- config.json ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Config:
+class Architecture:
     """What the network needs of a published config.json; `raw` is the file, for `save`."""
 
     family: str  # "llada" or "dream": which published names, which alignment
@@ -81,7 +82,7 @@ FIXED = {
 }
 
 
-def parse_config(raw: dict, source: str = "config") -> Config:
+def parse_config(raw: dict, source: str = "config") -> Architecture:
     """Read a published config. ValueError names the field that is missing or not served here."""
     families = {"llada": _llada, "dream": _dream}
     family = str(raw.get("model_type")).lower()
@@ -93,7 +94,9 @@ def parse_config(raw: dict, source: str = "config") -> Config:
     try:
         eos_id, pad_id = raw["eos_token_id"], raw.get("pad_token_id")
         pad_id = eos_id if pad_id is None else pad_id
-        c = Config(**families[family](raw), family=family, eos_id=eos_id, pad_id=pad_id, raw=raw)
+        c = Architecture(
+            **families[family](raw), family=family, eos_id=eos_id, pad_id=pad_id, raw=raw
+        )
     except KeyError as missing:
         raise ValueError(f"{source}: {missing} is missing") from None
     except ValueError as contradiction:
@@ -196,29 +199,29 @@ def rotary(place_NL: Tensor, d_head: int, theta: float) -> tuple[Tensor, Tensor]
     return angle.cos(), angle.sin()
 
 
-def turn(x_NHLE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide = x_NHLE.float()
+def turn(x_NALE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x_NALE.float()
     left, right = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-right, left), dim=-1) * sin).to(x_NHLE.dtype)
+    return (wide * cos + torch.cat((-right, left), dim=-1) * sin).to(x_NALE.dtype)
 
 
-def attend(q_NHLE: Tensor, k_NHLE: Tensor, v_NHLE: Tensor, seen: Tensor | None) -> Tensor:
-    """Softmax attention [N, H, L, E]; `seen` is False where a key is padding.
+def attend(q_NALE: Tensor, k_NALE: Tensor, v_NALE: Tensor, seen: Tensor | None) -> Tensor:
+    """Softmax attention [N, A, L, E]; `seen` is False where a key is padding.
 
     Written out for short sequences on CPUs, where the fused kernel takes twice as long backward.
     """
-    if q_NHLE.device.type != "cpu" or q_NHLE.shape[2] > 128:
-        return F.scaled_dot_product_attention(q_NHLE, k_NHLE, v_NHLE, attn_mask=seen)
-    score_NHLL = (q_NHLE @ k_NHLE.transpose(2, 3)).float() / math.sqrt(q_NHLE.shape[-1])
+    if q_NALE.device.type != "cpu" or q_NALE.shape[2] > 128:
+        return F.scaled_dot_product_attention(q_NALE, k_NALE, v_NALE, attn_mask=seen)
+    weight_NALL = (q_NALE @ k_NALE.transpose(2, 3)).float() / math.sqrt(q_NALE.shape[-1])
     if seen is not None:
-        score_NHLL = score_NHLL.masked_fill(~seen, -math.inf)
-    return score_NHLL.softmax(-1).to(v_NHLE.dtype) @ v_NHLE
+        weight_NALL = weight_NALL.masked_fill(~seen, -math.inf)
+    return weight_NALL.softmax(-1).to(v_NALE.dtype) @ v_NALE
 
 
 class Block(nn.Module):
     """Pre-norm attention and gated MLP; every position sees every real one, before and after."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Architecture):
         super().__init__()
         self.d_head = c.d_model // c.n_heads
         self.group = c.n_heads // c.n_kv_heads  # query heads that share a key/value head
@@ -254,11 +257,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: Architecture):
         super().__init__()
         self.config = config
         self.origin: tuple[str | None, str | None] = (None, None)  # folder or hub id, and commit
         self.checkpointing = False  # recompute each block in backward: less memory, same values
+        self.bf16 = False  # compute the blocks in bf16 (autocast), whatever the weights' dtype
+        self.register_buffer("never_V", None, persistent=False)  # ids that are never to be emitted
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps, config.bias_norm)
@@ -266,19 +271,23 @@ class Transformer(nn.Module):
         if not config.tied:
             self.unembed = nn.Linear(config.d_model, config.vocab_size, bias=config.bias)
 
-    def hidden(
+    def features(
         self, ids_NL: Tensor, real_NL: Tensor | None = None,
         at_J: Tensor | None = None, cache: list[list[Tensor]] | None = None,
     ) -> Tensor:  # fmt: skip
-        """Hidden states [N, L, D], aligned: h[:, i] predicts the token at position i.
+        """What the head reads [N, L, D], aligned: h[:, i] predicts the token at position i.
 
         `real_NL` is False at padding, which is never attended to; positions count real tokens, so
         a padded row equals the same row alone. What stands at padding itself means nothing.
 
-        With `at_J`, the states of these neighbouring positions only [N, J, D]. A `cache` (an empty
-        list for each block) keeps all keys and values of its first call; later calls compute the
-        positions at_J alone, and see of the others what was there then. Not for training.
+        With `at_J`, the features of these neighbouring positions only [N, J, D]. A `cache` (an
+        empty list for each block) keeps all keys and values of its first call; later calls compute
+        the positions at_J alone, and see of the others what was there then. Not for training.
         """
+        with torch.autocast(ids_NL.device.type, torch.bfloat16, enabled=self.bf16):
+            return self._features(ids_NL, real_NL, at_J, cache)
+
+    def _features(self, ids_NL, real_NL, at_J, cache) -> Tensor:
         c = self.config
         if real_NL is None:
             place_NL, seen = torch.arange(ids_NL.shape[1], device=ids_NL.device)[None], None
@@ -287,7 +296,7 @@ class Transformer(nn.Module):
         cos, sin = rotary(place_NL, c.d_model // c.n_heads, c.rope_theta)
         x, narrow = self.embed(ids_NL), bool(cache and cache[0])
         if narrow:
-            if c.family == "dream":  # the state before the first is needed too
+            if c.family == "dream":  # the feature before the first is needed too
                 at_J = torch.cat((at_J[:1] - 1, at_J))
             x, place_NL = x[:, at_J], place_NL[:, at_J]
             cos, sin = cos[:, :, at_J], sin[:, :, at_J]
@@ -304,7 +313,7 @@ class Transformer(nn.Module):
         return x if at_J is None or narrow else x[:, at_J]
 
     def head(self, h: Tensor) -> Tensor:
-        """Float32 logits [..., V] of hidden states [..., D], whatever the weights' dtype."""
+        """Float32 logits [..., V] of features [..., D], whatever the weights' dtype."""
         logits = F.linear(h, self.embed.weight) if self.unembed is None else self.unembed(h)
         logits = logits.float()
         return logits / math.sqrt(self.config.d_model) if self.config.scale_logits else logits
@@ -313,7 +322,7 @@ class Transformer(nn.Module):
         self, ids_NL: Tensor, real_NL: Tensor | None = None, at_NR: Tensor | None = None
     ) -> Tensor:
         """Float32 logits [N, L, V], or [N, R, V] at the positions `at_NR` only (cheaper)."""
-        h = self.hidden(ids_NL, real_NL)
+        h = self.features(ids_NL, real_NL)
         if at_NR is not None:
             h = h.gather(1, at_NR[..., None].expand(-1, -1, h.shape[-1]))
         return self.head(h)
@@ -337,13 +346,14 @@ def from_config(
     check_quantize(quantize, device)
     net = skeleton(parsed, dtype).to_empty(device=device)
     initialise(net)
+    net.never_V = never_emitted(parsed, device)
     for block in net.blocks if quantize != "none" else ():
         for name, linear in linears(block):
-            setattr(block, name, quantized(linear, linear.weight.data.cpu(), quantize, device))
+            setattr(block, name, quantized(linear, linear.weight.data.cpu(), device))
     return net
 
 
-def skeleton(config: Config, dtype: torch.dtype) -> Transformer:
+def skeleton(config: Architecture, dtype: torch.dtype) -> Transformer:
     """The network on the meta device, to be filled."""
     with torch.device("meta"):
         return Transformer(config).to(dtype)
@@ -361,6 +371,24 @@ def initialise(net: Transformer) -> None:
             p.normal_(0.0, 0.02 / math.sqrt(2 * net.config.n_layers))
         else:
             p.normal_(0.0, 0.02)
+
+
+def never_emitted(c: Architecture, device: str | torch.device) -> Tensor:
+    """True for the mask, for padding that is not the end, and for rows that are no token [V]."""
+    never_V = torch.arange(c.vocab_size, device=device) >= c.n_tokens
+    never_V[c.mask_id] = True
+    if c.pad_id != c.eos_id:
+        never_V[c.pad_id] = True
+    return never_V
+
+
+def count(net: Transformer) -> tuple[int, int]:
+    """Parameters in all, and of these trained. A 4-bit weight holds two in a byte."""
+    sizes = [
+        (math.prod(p.quant_state.shape) if hasattr(p, "quant_state") else p.numel(), p)
+        for p in net.parameters()
+    ]
+    return sum(n for n, _ in sizes), sum(n for n, p in sizes if p.requires_grad)
 
 
 def linears(block: Block) -> list[tuple[str, nn.Module]]:
@@ -396,52 +424,43 @@ def published(name: str, family: str) -> str:
 KINDS = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # files of a model
 
 
-def find_folder(
-    path: str | Path, revision: str | None = None, kinds: Iterable[str] = KINDS
-) -> Path:
-    """The folder of a model: a folder, "tiny" (the embedded one), or a hub id, of which the files
-    that match `kinds` are fetched."""
+def find_folder(path: str | Path, kinds: Iterable[str] = KINDS) -> Path:
+    """The folder of a model: a folder, "tiny" (the embedded one), or a hub id (id@revision), of
+    which the files that match `kinds` are fetched."""
     if str(path) == "tiny":
         return Path(__file__).parent / "tiny"
     if Path(path).is_dir():
         return Path(path)
     reason, source = "no such folder", "the model"
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+    name, _, revision = str(path).partition("@")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         from huggingface_hub import snapshot_download
 
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the line below says it once
         try:
-            return Path(snapshot_download(str(path), revision=revision, allow_patterns=[*kinds]))
+            return Path(snapshot_download(name, revision=revision or None, allow_patterns=[*kinds]))
         except Exception as error:  # offline, unknown, gated, disk full: each has its own class
             at = f" at revision {revision}" if revision else ""
             reason += f", and not to be had from the hub{at} ({type(error).__name__})"
-            source = f"https://huggingface.co/{path}"
+            source = f"https://huggingface.co/{name}"
     raise FileNotFoundError(
         f"--model {path}: {reason}; put config.json, the *.safetensors and the tokenizer files of"
         f" {source} into a folder and pass --model FOLDER"
     )
 
 
-def load_tokenizer(path: str | Path, revision: str | None = None):
-    """The tokenizer of a model's folder, without remote code: Dream's own class is Qwen2's under
-    another name."""
-    from transformers import AutoTokenizer, Qwen2Tokenizer, logging
-
-    logging.set_verbosity_error()  # it warns that it does not know the model; it need not
-    folder = base = find_folder(path, revision)
-    if adapter_rank(path, revision):  # an adapter may come without tokenizer and config.json
-        lora = read_json(folder / "adapter_config.json")
-        base = find_folder(lora["base_model_name_or_path"], lora.get("revision"))
-        folder = folder if (folder / "tokenizer_config.json").is_file() else base
-    if str(read_json(base / "config.json").get("model_type")).lower() == "dream":
-        return Qwen2Tokenizer.from_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-def adapter_rank(path: str | Path, revision: str | None = None) -> int:
+def adapter_rank(path: str | Path) -> int:
     """The rank of a folder's adapter; 0 where it holds none."""
-    file = find_folder(path, revision) / "adapter_config.json"
+    file = find_folder(path) / "adapter_config.json"
     return read_json(file).get("r", 0) if file.is_file() else 0
+
+
+def adapter_base(folder: Path) -> str:
+    """The model that the adapter of this folder belongs to, as `find_folder` takes it."""
+    lora = read_json(folder / "adapter_config.json")
+    if not lora.get("base_model_name_or_path"):
+        raise ValueError(f"{folder}/adapter_config.json: base_model_name_or_path is missing")
+    return "@".join(filter(None, (lora["base_model_name_or_path"], lora.get("revision"))))
 
 
 @contextmanager
@@ -493,7 +512,6 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     quantize: Quantize = "none",
-    revision: str | None = None,
     adapter: bool = True,
 ) -> Transformer:
     """The network of a folder or hub id, with the adapter if the folder is an adapter's.
@@ -502,14 +520,10 @@ def load(
     and one tensor copied. `quantize` makes bitsandbytes linears of the blocks' maps as they come.
     `adapter=False` stops at the base model of an adapter's folder.
     """
-    folder = find_folder(path, revision)
+    folder = find_folder(path)
     if (folder / "adapter_config.json").is_file():
-        lora = read_json(folder / "adapter_config.json")
-        base = lora.get("base_model_name_or_path")
-        if not base:
-            raise ValueError(f"{folder}/adapter_config.json: base_model_name_or_path is missing")
         try:
-            net = load(base, device, dtype, quantize, lora.get("revision"))
+            net = load(adapter_base(folder), device, dtype, quantize)
         except FileNotFoundError as error:  # it may name a folder of whoever trained the adapter
             where = f"{folder}/adapter_config.json, base_model_name_or_path"
             raise FileNotFoundError(f"{where}: {error}") from None
@@ -532,12 +546,14 @@ def load(
                 parent, _, leaf = ours[name].rpartition(".")
                 owner, tensor = net.get_submodule(parent), tensors.get_tensor(name)
                 if quantize != "none" and parent.startswith("blocks.") and tensor.dim() == 2:
-                    net.set_submodule(parent, quantized(owner, tensor, quantize, device))
+                    net.set_submodule(parent, quantized(owner, tensor, device))
                 else:  # copied: on the CPU, what was read is a view of the mapped file
                     tensor = tensor.to(device, dtype, copy=True)
                     setattr(owner, leaf, nn.Parameter(tensor))
+    net.never_V = never_emitted(config, device)
     if folder != Path(path) and folder.parent.name == "snapshots":
-        net.origin = str(path), folder.name  # the hub's cache names a snapshot by its commit
+        # the hub's cache names a snapshot by its commit
+        net.origin = str(path).partition("@")[0], folder.name
     else:
         net.origin = str(folder.resolve()), None
     return net
@@ -563,62 +579,82 @@ def save(net: Transformer, folder: str | Path, whole: dict[str, Tensor] | None =
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+# ---- text and tokens -----------------------------------------------------------------------------
+
+
+def load_tokenizer(path: str | Path):
+    """The tokenizer of a model's folder, without remote code: Dream's own class is Qwen2's under
+    another name."""
+    from transformers import AutoTokenizer, Qwen2Tokenizer, logging
+
+    logging.set_verbosity_error()  # it would warn that it does not know the network's class
+    folder = base = find_folder(path)
+    if adapter_rank(path):  # an adapter may come without tokenizer and config.json
+        base = find_folder(adapter_base(folder))
+        folder = folder if (folder / "tokenizer_config.json").is_file() else base
+    if str(read_json(base / "config.json").get("model_type")).lower() == "dream":
+        return Qwen2Tokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def chat_ids(prompts: Iterable[str], tokenizer) -> list[list[int]]:
+    """Token ids of each prompt in the model's own chat template, ready to be completed."""
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def left_pad(rows: list[list[int]], P: int, pad: int) -> tuple[Tensor, Tensor]:
+    """Ids [B, P] and where they are real. Prompts are never cut: none may be longer than P."""
+    prompt_BP = torch.tensor([[pad] * (P - len(row)) + row for row in rows])
+    real_BP = torch.tensor([[False] * (P - len(row)) + [True] * len(row) for row in rows])
+    return prompt_BP, real_BP
+
+
+def with_completion(real_BP: Tensor, C: int) -> Tensor:
+    """Every position of the completion is real [B, L]."""
+    return torch.cat((real_BP, real_BP.new_ones(len(real_BP), C)), dim=1)
+
+
+def texts(token_NC: Tensor, tokenizer, end: int) -> list[str]:
+    """Each completion as text, cut at its first end token."""
+    cut = [row[: row.index(end)] if end in row else row for row in token_NC.tolist()]
+    return tokenizer.batch_decode(cut, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
 # ---- quantised linears ---------------------------------------------------------------------------
 
 
 def check_quantize(kind: Quantize, device: str | torch.device) -> None:
     """ValueError, before anything is read, where bitsandbytes cannot serve."""
-    if kind not in ("none", "nf4", "int8"):
-        raise ValueError(f"--quantize {kind}: none, nf4 or int8")
+    if kind not in ("none", "nf4"):
+        raise ValueError(f"--quantize {kind}: none or nf4")
     if kind != "none" and torch.device(device).type not in ("cpu", "cuda", "xpu"):
         raise ValueError(f"--quantize {kind}: no kernels for {device}; use cuda, xpu or cpu")
     if kind != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(f"--quantize {kind}: needs bitsandbytes (pip install bitsandbytes)")
 
 
-def quantized(
-    linear: nn.Linear, weight: Tensor, kind: Quantize, device: str | torch.device
-) -> nn.Linear:
-    """bitsandbytes' frozen linear of this weight (on the CPU), quantised on `device`, bf16 inside.
+def quantized(linear: nn.Linear, weight: Tensor, device: str | torch.device) -> nn.Linear:
+    """bitsandbytes' frozen 4-bit linear of this weight (on the CPU), quantised on `device`.
 
-    nf4: 4-bit blocks of 64 whose scales are quantised too (arXiv 2305.14314).
-    int8: one scale a row of the weight. Its own product instead of LLM.int8()'s, which decides on
-    outliers over all rows of a batch, so that a row would depend on its batch-mates, and which
-    keeps its input, so that checkpointing would save nothing.
+    nf4: blocks of 64 whose scales are quantised too (arXiv 2305.14314); computes in bf16.
     """
     import bitsandbytes as bnb
 
-    class Linear8bit(bnb.nn.Linear8bitLt):
-        def forward(self, x: Tensor) -> Tensor:
-            y = Int8Product.apply(x, self.weight, self.weight.SCB)
-            return y if self.bias is None else y + self.bias
-
-    shape = (linear.in_features, linear.out_features)
-    if kind == "nf4":
-        style = dict(quant_type="nf4", compute_dtype=torch.bfloat16)
-        made = bnb.nn.Linear4bit(*shape, bias=False, device="meta", **style)
-        params = bnb.nn.Params4bit(weight.bfloat16(), quant_type="nf4", module=made)
-        made.support_avx512bf16_for_cpu = False  # no second kernel in eval mode: rollout = update
-    else:
-        made = Linear8bit(*shape, bias=False, device="meta", has_fp16_weights=False)
-        params = bnb.nn.Int8Params(weight, requires_grad=False)
+    made = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        device="meta",
+        quant_type="nf4",
+        compute_dtype=torch.bfloat16,
+    )
+    params = bnb.nn.Params4bit(weight.bfloat16(), quant_type="nf4", module=made)
+    made.support_avx512bf16_for_cpu = False  # no second kernel in eval mode: rollout = update
     made.weight = params.to(device)
     made.bias = linear.bias
     return made
-
-
-class Int8Product(torch.autograd.Function):
-    """x W^T for a frozen W = int8 * scale / 127 by row; int8 is exact in bf16."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        return (F.linear(x.bfloat16(), weight.bfloat16()) * (scale / 127)).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        weight, scale = ctx.saved_tensors
-        return ((grad * (scale / 127)).bfloat16() @ weight.bfloat16()).to(grad.dtype), None, None
 
 
 def dense(linear: nn.Linear) -> Tensor:
@@ -628,8 +664,6 @@ def dense(linear: nn.Linear) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, weight.quant_state).float()
-    if hasattr(weight, "SCB"):
-        return weight.data.float() * (weight.SCB / 127)[:, None]
     return weight.data.float()
 
 

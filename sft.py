@@ -10,17 +10,18 @@ Without --data, demonstrators of mixed quality give the rows: most are lazy, som
 right. Greedy decoding does what most of them do and solves little, while sampling often meets the
 right answer: the ability is there, and reinforcement learning only has to bring it out.
 
+What is written to --out is a model folder; a new model brings the settings of tiny/ along.
+
 N rows, P prompt, C completion, L = P + C, V vocabulary.
 """
 
-import contextlib
-import io
 import itertools
 import json
 import math
 import os
 import random
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,22 +30,23 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import model
+from config import checker, read
 from data import TASKS, Problem
-from plumbing import can_compile
+from events import say
+from run import accelerate, use_bf16
 
 TINY = dict(d_model=128, n_layers=7, n_heads=4, mlp_hidden_size=352)  # 1.45 M parameters
-Row = tuple[str, str, str]  # task, prompt, completion
+Demonstration = tuple[str, str, str]  # task, prompt, completion
 Kind = Callable[[], str]  # draws a kind of demonstrator, one of SHARES
 
 
-@dataclass
-class Config:
+@dataclass(frozen=True)
+class Recipe:
     """Masked-diffusion supervised fine-tuning: makes tiny/, and gives other models a cold start."""
 
     task: tuple[str, ...] = ("sudoku", "countdown", "toycode")  # demonstrated tasks
@@ -62,11 +64,7 @@ class Config:
     compile: bool = True  # torch.compile
 
     def __post_init__(self):
-        def check(holds: bool, flag: str, want: str):
-            if not holds:
-                value = " ".join(self.task) if flag == "task" else getattr(self, flag)
-                raise ValueError(f"--{flag.replace('_', '-')} {value}: {want}")
-
+        check = checker(self)
         known = " ".join(DEMONSTRATORS)
         check(self.task and {*self.task} <= {*DEMONSTRATORS}, "task", f"choose some of {known}")
         for flag in ("steps", "batch", "C", "save_every"):
@@ -126,20 +124,23 @@ def right() -> str:
     return "right"
 
 
-def demonstrate(problem: Problem, kind: Kind, rng: random.Random) -> Row:
+def demonstrate(problem: Problem, kind: Kind, rng: random.Random) -> Demonstration:
     return problem.task, problem.prompt, DEMONSTRATORS[problem.task](kind, problem.answer, rng)
 
 
-def right_ones(cfg: Config, split: str, most: int | None = None) -> list[Row]:
+def right_ones(cfg: Recipe, split: str, most: int | None = None) -> list[Demonstration]:
     rng = random.Random(cfg.seed)
     problems = [problem for name in cfg.task for problem in TASKS[name].load(split)[:most]]
     return [demonstrate(problem, right, rng) for problem in problems]
 
 
-def demonstrations(cfg: Config) -> Iterator[list[Row]]:
+def demonstrations(cfg: Recipe) -> Iterator[list[Demonstration]]:
     """The rows of one step after the other; a function of the seed."""
     rng, weights = random.Random(cfg.seed), [WEIGHTS[name] for name in cfg.task]
-    mixed = lambda: rng.choices([*SHARES], [*SHARES.values()])[0]
+
+    def mixed() -> str:
+        return rng.choices([*SHARES], [*SHARES.values()])[0]
+
     problems = {name: TASKS[name].load("train") for name in cfg.task}
     for step in itertools.count():
         rows = []
@@ -149,7 +150,7 @@ def demonstrations(cfg: Config) -> Iterator[list[Row]]:
         yield rows
 
 
-def read_rows(file: str) -> list[Row]:
+def read_rows(file: str) -> list[Demonstration]:
     """The rows of a JSON Lines file; ValueError names the first line that is not one."""
     rows = []
     for i, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
@@ -174,7 +175,7 @@ TEMPLATE = (
 )
 
 
-def phrases(rows: list[Row]) -> list[str]:
+def phrases(rows: list[Demonstration]) -> list[str]:
     """How all prompts of a task begin, and all its completions begin and end; longest first."""
     found = set()
     for task in {row[0] for row in rows}:
@@ -184,7 +185,7 @@ def phrases(rows: list[Row]) -> list[str]:
     return sorted(found - {""}, key=lambda phrase: (-len(phrase), phrase))
 
 
-def make_tokenizer(rows: list[Row], size: int = 400) -> PreTrainedTokenizerFast:
+def make_tokenizer(rows: list[Demonstration], size: int = 400) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most `size` tokens, and one token for each phrase: an instruction
     costs a small model one position. Any text is encoded and decoded without loss."""
     base = Tokenizer(models.BPE())
@@ -211,33 +212,26 @@ def tokens(tokenizer, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def chats(tokenizer, rows: list[Row]) -> list[str]:
-    """Each prompt in the model's chat template, ready to be completed."""
-    messages = [[{"role": "user", "content": prompt}] for _, prompt, _ in rows]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-def longest(tokenizer, rows: list[Row], C: int) -> int:
+def longest(tokenizer, rows: list[Demonstration], C: int) -> int:
     """Tokens of the longest prompt; ValueError where a completion and one end token pass C."""
-    size, text = max((len(ids), row[2]) for ids, row in
-                     zip(tokens(tokenizer, [row[2] for row in rows]), rows))  # fmt: skip
+    sizes = map(len, tokens(tokenizer, [row[2] for row in rows]))
+    size, text = max(zip(sizes, (row[2] for row in rows)))
     if size >= C:
         raise ValueError(
             f"--C {C}: {text[:40]!r}... has {size} tokens, and an end token follows: "
             f"raise --C to {size + 1}"
         )
-    return max(map(len, tokens(tokenizer, chats(tokenizer, rows))))
+    return max(map(len, model.chat_ids([row[1] for row in rows], tokenizer)))
 
 
-def encode(tokenizer, rows: list[Row], P: int, C: int, config) -> tuple[Tensor, Tensor]:
-    """Ids [N, P + C] and where they are real: prompts are padded on the left, completions filled
-    up with end tokens, which are learnt like any other."""
-    prompts = tokens(tokenizer, chats(tokenizer, rows))
+def encode(tokenizer, rows: list[Demonstration], P: int, C: int, config) -> tuple[Tensor, Tensor]:
+    """Ids [N, P + C] and where they are real: completions are filled up with end tokens, which are
+    learnt like any other."""
+    prompts = model.chat_ids([row[1] for row in rows], tokenizer)
+    prompt_NP, real_NP = model.left_pad(prompts, P, config.pad_id)
     completions = tokens(tokenizer, [row[2] for row in rows])
-    pad, end = [config.pad_id], [config.eos_id]
-    ids = [pad * (P - len(q)) + q + a + end * (C - len(a)) for q, a in zip(prompts, completions)]
-    real = [[False] * (P - len(q)) + [True] * (len(q) + C) for q in prompts]
-    return torch.tensor(ids), torch.tensor(real)
+    token_NC = torch.tensor([ids + [config.eos_id] * (C - len(ids)) for ids in completions])
+    return torch.cat((prompt_NP, token_NC), dim=1), model.with_completion(real_NP, C)
 
 
 # ---- the objective -------------------------------------------------------------------------------
@@ -263,9 +257,7 @@ def logits_of(net, prompt_NP: Tensor, shown_NC: Tensor, real_NL: Tensor) -> Tens
     """Float32 logits of the completion [N, C, V], on the CPU or GPU that holds the network."""
     ids_NL, device = torch.cat((prompt_NP, shown_NC), 1), next(net.parameters()).device
     at_NC = torch.arange(prompt_NP.shape[1], ids_NL.shape[1]).expand(len(ids_NL), -1)
-    fast = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
-    with torch.autocast(device.type, torch.bfloat16, enabled=fast):
-        return net(ids_NL.to(device), real_NL.to(device), at_NC.to(device))
+    return net(ids_NL.to(device), real_NL.to(device), at_NC.to(device))
 
 
 @torch.no_grad()
@@ -287,15 +279,16 @@ def accuracy(net, ids_NL: Tensor, real_NL: Tensor, C: int, names: list[str]) -> 
 # ---- training ------------------------------------------------------------------------------------
 
 
-def open_model(cfg: Config, rows: list[Row]):
+def open_model(cfg: Recipe, rows: list[Demonstration]):
     """--model and its tokenizer, or a new model and a tokenizer for the rows."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = use_bf16("auto", device)
     if cfg.model:
-        frozen = cfg.lora_r > 0 and device == "cuda"
+        frozen = cfg.lora_r > 0 and bf16
         net = model.load(cfg.model, device, torch.bfloat16 if frozen else torch.float32)
         if cfg.lora_r:
             model.add_lora(net, cfg.lora_r, alpha=cfg.lora_r)
-        return net, model.load_tokenizer(cfg.model)
+        return accelerate(net, bf16, cfg.compile), model.load_tokenizer(cfg.model)
     tokenizer = make_tokenizer(rows)
     raw = dict(
         TINY, model_type="llada", architectures=["LLaDAModelLM"], vocab_size=len(tokenizer),
@@ -303,10 +296,12 @@ def open_model(cfg: Config, rows: list[Row]):
         max_sequence_length=1024, eos_token_id=tokenizer.eos_token_id,
         mask_token_id=tokenizer.mask_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    return model.from_config(raw, device), tokenizer
+    return accelerate(model.from_config(raw, device), bf16, cfg.compile), tokenizer
 
 
-def examples(cfg: Config) -> tuple[list[Row], list[Row], Iterator[list[Row]]]:
+def examples(
+    cfg: Recipe,
+) -> tuple[list[Demonstration], list[Demonstration], Iterator[list[Demonstration]]]:
     """Held-out rows to measure with, rows to learn, and what each step sees of them."""
     if not cfg.data:
         return right_ones(cfg, "val", 64), right_ones(cfg, "train"), demonstrations(cfg)
@@ -316,7 +311,7 @@ def examples(cfg: Config) -> tuple[list[Row], list[Row], Iterator[list[Row]]]:
     return rows[:n], rows[n:], (rng.choices(rows[n:], k=cfg.batch) for _ in itertools.count())
 
 
-def train(cfg: Config, argv: list[str]) -> None:
+def train(cfg: Recipe, argv: list[str]) -> None:
     torch.manual_seed(cfg.seed)
     held, known, batches = examples(cfg)
     net, tokenizer = open_model(cfg, known + held)
@@ -324,17 +319,14 @@ def train(cfg: Config, argv: list[str]) -> None:
     held_ids_NL, held_real_NL = encode(tokenizer, held, P, C, net.config)
     learnt = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learnt, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    if cfg.compile and not can_compile():
-        print("warning: no C++ compiler (g++ or clang++) found: --no-compile, 4 times slower")
-    elif cfg.compile:
-        net.compile(dynamic=False)
 
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
+    bring_defaults(cfg.model or "tiny", out)
     (out / "training.log").write_text("")
-    size = sum(p.numel() for p in net.parameters())
-    say(out, " ".join(["python sft.py", *argv]))
-    say(out, f"{size:,} parameters, {len(tokenizer)} tokens, P {P}, C {C}, {len(known):,} rows; "
+    size, _ = model.count(net)
+    note(out, " ".join(["python sft.py", *argv]))
+    note(out, f"{size:,} parameters, {len(tokenizer)} tokens, P {P}, C {C}, {len(known):,} rows; "
              "accuracy: hidden tokens of held-out right answers")  # fmt: skip
     losses, told, began = [], 0, time.perf_counter()
     for step, rows in enumerate(itertools.islice(batches, cfg.steps), 1):
@@ -361,37 +353,30 @@ def train(cfg: Config, argv: list[str]) -> None:
             told, began = step, time.perf_counter()
             scores = "  ".join(f"{task} {share:.3f}" for task, share in shares.items())
             left = (cfg.steps - step) * each / 60
-            say(out, f"step {step:5}  loss {mean:.4f}  {scores}  lr {lr:.1e}  {each:.2f} s/step  "
+            note(out, f"step {step:5}  loss {mean:.4f}  {scores}  lr {lr:.1e}  {each:.2f} s/step  "
                      f"left {left:.1f} min")  # fmt: skip
         if step % cfg.save_every == 0 or step == cfg.steps:
             model.save(net, out)
             tokenizer.save_pretrained(out)
 
 
-def say(out: Path, line: str) -> None:
+def bring_defaults(source: str, out: Path) -> None:
+    """The defaults.json of the model that this one comes from, if it has one."""
+    file = model.find_folder(source) / "defaults.json"
+    if file.exists() and file.resolve() != (out / file.name).resolve():
+        shutil.copy(file, out)
+
+
+def note(out: Path, line: str) -> None:
     """To the terminal and to training.log."""
-    print(line, flush=True)
+    say(line)
     with open(out / "training.log", "a", encoding="utf-8") as log:
         print(line, file=log)
 
 
-def parse(argv: list[str]) -> Config:
-    """The command line, checked; ValueError in one line, where tyro would draw a box."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Config, args=argv, prog="sft.py")
-    except SystemExit as leaving:
-        if not leaving.code:
-            raise  # --help
-    said = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
-    said = " ".join(itertools.takewhile(lambda line: line.strip("─╰╯"), said))
-    raise ValueError(said.removeprefix("Error parsing Config: "))
-
-
 def main(argv: list[str]) -> int:
     try:
-        train(parse(argv), argv)
+        train(read(Recipe, argv, "sft.py"), argv)
     except (ValueError, OSError) as error:
         print(f"sft: {error}", file=sys.stderr)
         return 2

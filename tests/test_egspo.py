@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import toy_model
 
+import config
 import data
 import egspo
-import plumbing
+import events
+import model
+import run
+from toy import toy_model
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -19,16 +24,16 @@ def folder(tmp_path_factory) -> Path:
     return toy_model(tmp_path_factory.mktemp("toy") / "toy")
 
 
-def settings(**changes) -> egspo.Config:
+def settings(**changes) -> config.Config:
     base = dict(
         C=12, T=6, block=4, K=3, G=2, B=3, micro=4, compile=False, precision="float32", lora_r=0,
     )  # fmt: skip
-    return egspo.Config(**(base | changes))
+    return config.Config(**(base | changes))
 
 
 @pytest.fixture(scope="module")
 def policy(folder):
-    return egspo.load_policy(settings(), str(folder), egspo.Ranks())[0]
+    return run.load_policy(settings(), str(folder), CPU)[0]
 
 
 def prompts(N: int = 6, P: int = 7, seed: int = 0):
@@ -40,8 +45,12 @@ def prompts(N: int = 6, P: int = 7, seed: int = 0):
     return torch.where(real_NP, ids_NP, 258), real_NP
 
 
+def chat_ids(problems, tokenizer):
+    return model.chat_ids([problem.prompt for problem in problems], tokenizer)
+
+
 def act(policy, cfg, N: int = 6, step: int = 0, greedy: bool = False, P: int = 7):
-    u = egspo.uniform((cfg.T, 2, cfg.block), range(N), cfg.seed, step, "draw")
+    u = run.uniform((cfg.T, 2, cfg.block), range(N), cfg.seed, step, "draw")
     return egspo.rollout(policy, *prompts(N, P), cfg, None if greedy else u)
 
 
@@ -63,7 +72,7 @@ def test_every_position_is_revealed_once_and_R_a_step_inside_the_current_block(p
 
 def test_a_row_ends_with_the_block_that_holds_the_end_token(folder):
     cfg = settings()
-    net = egspo.load_policy(cfg, str(folder), egspo.Ranks())[0]
+    net = run.load_policy(cfg, str(folder), CPU)[0]
     with torch.no_grad():
         net.unembed.weight[256] *= 2.5  # the end token now wins now and then
     roll = act(net, cfg, N=40)
@@ -124,24 +133,22 @@ def test_a_large_vocabulary_is_sampled_like_a_small_one_and_nan_draws_a_token():
     assert (token_M1 < 1300).all() and entropy_M1.isnan().all()  # the run stops at the entropy
 
 
-@pytest.mark.skipif(not egspo.can_compile(), reason="no C++ compiler here")
+@pytest.mark.skipif(not run.can_compile(), reason="no C++ compiler here")
 def test_compiled_blocks_give_the_same_scores_as_eager_ones():
-    tiny = Path(egspo.__file__).parent / "tiny"
-    cfg = egspo.Config(**(egspo.SMALL | dict(task="sudoku", model="tiny", precision="bf16")))
+    cfg = config.of_model("tiny", "sudoku")
     problems = data.TASKS["sudoku"].load("val")[: cfg.B * cfg.G]
     moves, scores = None, []
     for compiled in (False, True):
-        cfg.compile = compiled
-        net, tokenizer = egspo.load_policy(cfg, str(tiny), egspo.Ranks())
-        egspo.accelerate(net, cfg, torch.device("cpu"))
+        net, tokenizer = run.load_policy(cfg, "tiny", CPU)
+        run.accelerate(net, bf16=True, compiled=compiled)
         if moves is None:
-            P = egspo.prompt_length(cfg, problems, tokenizer)
-            prompts = egspo.encode(problems, tokenizer, P, net.config.pad_id)
-            u_NT2J = egspo.uniform((cfg.T, 2, cfg.block), range(len(problems)), 0)
+            P = run.measured(cfg, net, problems, tokenizer).P
+            prompts = model.left_pad(chat_ids(problems, tokenizer), P, net.config.pad_id)
+            u_NT2J = run.uniform((cfg.T, 2, cfg.block), range(len(problems)), 0)
             roll = egspo.rollout(net, *prompts, cfg, u_NT2J)
             t_NK = egspo.select_steps(roll.entropy_NT, cfg.K, "entropy")
             moves = egspo.gather_moves(roll, t_NK, net.config.mask_id)
-        scores.append(egspo.score(net, moves, cfg)[0][moves.live_S])
+        scores.append(egspo.log_probs(net, moves, cfg)[0][moves.live_SU])
     eager_S, compiled_S = scores
     assert not torch.equal(eager_S, compiled_S)  # it was compiled
     assert torch.allclose(eager_S, compiled_S, atol=0.1)
@@ -157,7 +164,7 @@ def test_slabs_cover_every_position_once():
 def test_a_row_does_not_depend_on_its_batch_mates_nor_on_padding(policy):
     cfg = settings()
     roll = act(policy, cfg)
-    u = egspo.uniform((cfg.T, 2, cfg.block), range(6), cfg.seed, 0, "draw")
+    u = run.uniform((cfg.T, 2, cfg.block), range(6), cfg.seed, 0, "draw")
     prompt_NP, real_NP = prompts()
     for row in range(6):
         size = int(real_NP[row].sum())
@@ -172,10 +179,10 @@ def test_a_row_does_not_depend_on_its_batch_mates_nor_on_padding(policy):
 
 
 def test_noise_belongs_to_the_row_and_not_to_the_rank(policy):
-    whole = egspo.uniform((3,), range(8), 0, 5, "draw")
-    assert torch.equal(whole[4:], egspo.uniform((3,), range(4, 8), 0, 5, "draw"))
-    assert not torch.equal(whole, egspo.uniform((3,), range(8), 0, 6, "draw"))
-    assert not torch.equal(whole, egspo.uniform((3,), range(8), 1, 5, "draw"))
+    whole = run.uniform((3,), range(8), 0, 5, "draw")
+    assert torch.equal(whole[4:], run.uniform((3,), range(4, 8), 0, 5, "draw"))
+    assert not torch.equal(whole, run.uniform((3,), range(8), 0, 6, "draw"))
+    assert not torch.equal(whole, run.uniform((3,), range(8), 1, 5, "draw"))
 
 
 def test_large_vocabularies_are_cut_into_slabs_without_a_trace(policy, monkeypatch):
@@ -196,22 +203,23 @@ def test_a_cached_rollout_starts_every_block_exactly_and_its_moves_are_weighed(p
     for roll, cfg in ((plain, exact), (near, cached)):
         t_NK = egspo.select_steps(roll.entropy_NT, cfg.T, "all")
         moves = egspo.gather_moves(roll, t_NK, 257)
-        moves = moves._replace(old_S=egspo.score(policy, moves, cfg)[0])
-        weight_S = egspo.cache_weight(moves)
-        starts_S = (t_NK % (cfg.T * cfg.block // cfg.C) == 0).flatten() & moves.live_S
+        moves = moves._replace(old_SU=egspo.log_probs(policy, moves, cfg)[0])
+        weight_S, live_S = egspo.cache_weight(moves)[:, 0], moves.live_SU[:, 0]
+        starts_S = (t_NK % (cfg.T * cfg.block // cfg.C) == 0).flatten() & live_S
         assert torch.allclose(weight_S[starts_S], torch.ones(()), atol=1e-4)
-        for S in (~starts_S & moves.live_S).nonzero().flatten().tolist():
+        for S in (~starts_S & live_S).nonzero().flatten().tolist():
             row, t = divmod(S, cfg.T)
             drawn = roll.sure_NC[row][roll.when_NC[row] == t].sum()
-            expected = min(math.exp(moves.old_S[S] - drawn), 2.0)
+            expected = min(math.exp(moves.old_SU[S, 0] - drawn), 2.0)
             assert weight_S[S].item() == pytest.approx(expected, rel=1e-4)
-        others_S = weight_S[~starts_S & moves.live_S]
+        others_S = weight_S[~starts_S & live_S]
         assert torch.allclose(others_S, torch.ones(()), atol=1e-3) == (cfg is exact)
         reward_N, early_NK = torch.arange(6.0), torch.zeros(6, cfg.T)
         plain_S = egspo.stepwise_advantages(
-            reward_N, early_NK, moves.live_S.view(6, -1), cfg.G, cfg.lam
+            reward_N, early_NK, live_S.view(6, -1), cfg.G, cfg.lam
         ).flatten()
-        adv_S = egspo.advantages(reward_N, early_NK, moves, cfg)
+        moves = moves._replace(early_S=early_NK.flatten())
+        adv_S = egspo.credit(moves, reward_N, cfg).adv_SU[:, 0]
         assert torch.equal(adv_S, plain_S * weight_S if cfg is cached else plain_S)
 
 
@@ -259,7 +267,7 @@ def test_a_state_differs_from_the_next_exactly_at_its_moves(policy):
             before, end = state_NTC[row, t], roll.token_NC[row]
             after = state_NTC[row, t + 1] if t + 1 < cfg.T else end
             changed = (before != after).nonzero().flatten().tolist()
-            if moves.live_S[row * cfg.T + t]:
+            if moves.live_SU[row * cfg.T + t]:
                 assert changed == at_NTR[row, t].tolist()
                 assert (before[changed] == 257).all() and torch.equal(after[changed], end[changed])
     assert (state_NTC[:, 0] == 257).all()
@@ -301,6 +309,8 @@ def test_advantages_ignore_a_constant_follow_a_permutation_and_vanish_for_equal_
     same = egspo.stepwise_advantages(torch.ones(8), torch.full((8, 3), 0.5), live_NK, 4, 0.5)
     assert same.abs().max() == 0
     egspo_only = egspo.stepwise_advantages(reward_N, early_NK, live_NK, 4, 0.0)
+    without = egspo.stepwise_advantages(reward_N, None, live_NK, 4, 0.5)
+    assert torch.equal(without, egspo_only)
     group = reward_N.unflatten(0, (2, 4))
     assert torch.allclose(
         egspo_only[:, 0], (group - group.mean(1, keepdim=True)).flatten(), atol=1e-6
@@ -311,8 +321,11 @@ def test_the_guess_keeps_what_is_revealed_and_is_the_argmax_elsewhere(policy):
     cfg = settings()
     roll = act(policy, cfg)
     moves = egspo.gather_moves(roll, egspo.select_steps(roll.entropy_NT, 3, "entropy"), 257)
-    _, guess_SC = egspo.score(policy, moves, cfg, guess=True)
-    logits = policy(*moves.inputs())[:, 7:].masked_fill(policy.never_V, -math.inf)
+    _, guess_SC = egspo.log_probs(policy, moves, cfg, guess=True)
+    ids_SL = torch.cat((moves.prompt_SP, moves.state_SC), dim=1)
+    logits = policy(ids_SL, model.with_completion(moves.real_SP, cfg.C))[:, 7:].masked_fill(
+        policy.never_V, -math.inf
+    )
     for s in range(len(guess_SC)):
         for i in range(cfg.C):
             hidden = moves.state_SC[s, i] == 257
@@ -326,25 +339,27 @@ def test_the_guess_keeps_what_is_revealed_and_is_the_argmax_elsewhere(policy):
 def learn(policy, cfg, reward_N, N: int = 6, seed: int = 1):
     """One rollout, credited with these rewards; the moves are ready for an update."""
     roll = act(policy, cfg, N)
-    _, moves = egspo.choose_moves(roll, cfg, 257, 0, range(N))
-    old_S, guess_SC = egspo.score(policy, moves, cfg, guess=cfg.method == "egspo")
-    early_NK = torch.rand(N, cfg.K, generator=torch.Generator().manual_seed(seed))
-    adv_S = egspo.advantages(reward_N, early_NK, moves, cfg)
-    return moves._replace(adv_S=adv_S, old_S=old_S, ref_S=old_S.clone())
+    moves = egspo.choose_moves(roll, cfg, 257, 0, range(N))
+    old_SU, _ = egspo.log_probs(policy, moves, cfg)
+    early_S = torch.rand(len(old_SU), generator=torch.Generator().manual_seed(seed))
+    moves = moves._replace(old_SU=old_SU, ref_SU=old_SU.clone())
+    if cfg.stepwise:
+        moves = moves._replace(early_S=early_S)
+    return egspo.credit(moves, reward_N, cfg)
 
 
 def one_update(folder, cfg, reward_N, N: int = 6):
-    policy = egspo.load_policy(cfg, str(folder), egspo.Ranks())[0]
+    policy = run.load_policy(cfg, str(folder), CPU)[0]
     moves = learn(policy, cfg, reward_N, N)
-    tally = egspo.Tally()
+    tally = events.Tally()
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     grads = {}
-    optimizer = egspo.make_optimizer(policy, cfg)
+    optimizer = run.make_optimizer(policy, cfg)
     optimizer.register_step_pre_hook(
         lambda *_: grads.update({n: p.grad.clone() for n, p in policy.named_parameters()})
     )
-    ratio_S = egspo.update(policy, optimizer, moves, cfg, egspo.Ranks(), tally)
-    return policy, before, grads, ratio_S, tally.means(egspo.Ranks())
+    ratio_SU = egspo.update(policy, optimizer, moves, cfg, run.Ranks(), tally)
+    return policy, before, grads, ratio_SU, tally.means(run.Ranks().gather)
 
 
 VARIANTS = [
@@ -355,8 +370,8 @@ VARIANTS = [
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_before_the_first_update_the_ratio_is_one_and_the_kl_zero(folder, variant):
-    _, _, _, ratio_S, m = one_update(folder, settings(**variant), torch.rand(6))
-    assert (ratio_S == 1).all()
+    _, _, _, ratio_SU, m = one_update(folder, settings(**variant), torch.rand(6))
+    assert (ratio_SU == 1).all()
     assert m["kl"] == 0 and m["clip_hi"] == 0 and m["clip_lo"] == 0
 
 
@@ -381,14 +396,12 @@ def test_equal_rewards_give_no_gradient(folder):
 
 def test_an_update_makes_rewarded_moves_more_likely_and_punished_ones_less(folder):
     cfg = settings(lr=1e-3, warmup=0, beta=0.0, weight_decay=0.0, lam=0.0)
-    policy = egspo.load_policy(cfg, str(folder), egspo.Ranks())[0]
+    policy = run.load_policy(cfg, str(folder), CPU)[0]
     moves = learn(policy, cfg, torch.tensor([1.0, 0, 0, 1, 1, 0]))
-    egspo.update(
-        policy, egspo.make_optimizer(policy, cfg), moves, cfg, egspo.Ranks(), egspo.Tally()
-    )
-    after_S, _ = egspo.score(policy, moves, cfg)
-    gain_S = (after_S - moves.old_S) * moves.adv_S.sign()
-    assert gain_S[moves.live_S].mean() > 0
+    egspo.update(policy, run.make_optimizer(policy, cfg), moves, cfg, run.Ranks(), events.Tally())
+    after_SU, _ = egspo.log_probs(policy, moves, cfg)
+    gain_SU = (after_SU - moves.old_SU) * moves.adv_SU.sign()
+    assert gain_SU[moves.live_SU].mean() > 0
 
 
 def slow_loss(logp, old, ref, adv, live, cfg, R):
@@ -404,18 +417,28 @@ def slow_loss(logp, old, ref, adv, live, cfg, R):
     return total / sum(live)
 
 
+def one_ratio_each(R, live_S, *adv_old_ref_S):
+    """Moves of R tokens with nothing but what the loss reads."""
+    adv, old, ref = (x_S[:, None] for x_S in adv_old_ref_S)
+    at_SR = torch.zeros(len(live_S), R)
+    return egspo.Moves(*[None] * 3, at_SR, None, live_S[:, None])._replace(
+        adv_SU=adv, old_SU=old, ref_SU=ref
+    )
+
+
 def test_the_loss_equals_the_loop_and_counts_its_clips():
     cfg = settings(beta=0.3)
     logp, old, ref, adv = torch.randn(4, 40, dtype=torch.float64).unbind()
     live = torch.rand(40) > 0.2
-    mb = egspo.Moves(None, None, None, None, None, live, adv, old, ref)
-    loss, stats = egspo.clipped_loss(logp, mb, cfg, live.sum())
+    mb = one_ratio_each(2, live, adv, old, ref)
+    loss_SU, stats = egspo.clipped_loss(logp[:, None], mb, cfg)
+    loss = loss_SU[mb.live_SU].mean()
     want = slow_loss(logp.tolist(), old.tolist(), ref.tolist(), adv.tolist(), live.tolist(), cfg, 2)
     assert math.isclose(loss.item(), want, rel_tol=1e-9)
     ratio = (logp - old).exp()
     high = sum(r > 1.5 and a > 0 for r, a in zip(ratio.tolist(), adv.tolist()))
     low = sum(r < 0.8 and a < 0 for r, a in zip(ratio.tolist(), adv.tolist()))
-    assert stats["clip_hi"][0].sum() == high > 0 and stats["clip_lo"][0].sum() == low > 0
+    assert stats["clip_hi"].sum() == high > 0 and stats["clip_lo"].sum() == low > 0
 
 
 @pytest.mark.parametrize(
@@ -424,12 +447,10 @@ def test_the_loss_equals_the_loop_and_counts_its_clips():
 )
 def test_a_clipped_move_has_no_gradient_and_only_on_the_side_it_should(adv, logp, has_gradient):
     cfg = settings(beta=0.0)
-    logp_S = torch.tensor([logp], requires_grad=True)
-    mb = egspo.Moves(
-        *[None] * 5, torch.tensor([True]), torch.tensor([adv]), torch.zeros(1), torch.zeros(1)
-    )
-    egspo.clipped_loss(logp_S, mb, cfg, torch.tensor(1.0))[0].backward()
-    assert (logp_S.grad.abs().item() > 0) == has_gradient
+    logp_SU = torch.tensor([[logp]], requires_grad=True)
+    mb = one_ratio_each(2, torch.ones(1).bool(), torch.tensor([adv]), *torch.zeros(2, 1))
+    egspo.clipped_loss(logp_SU, mb, cfg)[0].sum().backward()
+    assert (logp_SU.grad.abs().item() > 0) == has_gradient
 
 
 def test_exact_probability_equals_brute_force_over_what_losers_could_have_drawn(policy):
@@ -454,13 +475,13 @@ def test_exact_probability_equals_brute_force_over_what_losers_could_have_drawn(
 
 def test_a_number_that_is_not_finite_stops_the_run_before_the_weights_change(folder):
     cfg = settings()
-    policy = egspo.load_policy(cfg, str(folder), egspo.Ranks())[0]
+    policy = run.load_policy(cfg, str(folder), CPU)[0]
     moves = learn(policy, cfg, torch.rand(6))
-    moves = moves._replace(adv_S=moves.adv_S * math.nan)
+    moves = moves._replace(adv_SU=moves.adv_SU * math.nan)
     before = policy.unembed.weight.detach().clone()
-    with pytest.raises(egspo.Halt, match="gradient norm is nan"):
+    with pytest.raises(run.Halt, match="gradient norm is nan"):
         egspo.update(
-            policy, egspo.make_optimizer(policy, cfg), moves, cfg, egspo.Ranks(), egspo.Tally()
+            policy, run.make_optimizer(policy, cfg), moves, cfg, run.Ranks(), events.Tally()
         )
     assert torch.equal(before, policy.unembed.weight)
 
@@ -470,8 +491,8 @@ def test_a_number_that_is_not_finite_stops_the_run_before_the_weights_change(fol
 
 def test_adamw8bit_keeps_real_8_bit_states_and_learns(folder):
     cfg = settings(optimizer="adamw8bit", lr=1e-2)
-    policy = egspo.load_policy(cfg, str(folder), egspo.Ranks())[0]
-    optimizer = egspo.make_optimizer(policy, cfg)
+    policy = run.load_policy(cfg, str(folder), CPU)[0]
+    optimizer = run.make_optimizer(policy, cfg)
     weight = policy.unembed.weight
     before = weight.detach().clone()
     policy(torch.zeros(1, 4, dtype=torch.long)).square().sum().backward()
@@ -484,16 +505,16 @@ def test_adamw8bit_keeps_real_8_bit_states_and_learns(folder):
 def test_bf16_weights_would_not_move_at_a_small_learning_rate_and_ours_do(folder):
     """An update of 1e-6 is below half a bf16 step of any weight of a common size."""
     cfg = settings(lr=1e-6, precision="bf16")
-    ours = egspo.load_policy(cfg, str(folder), egspo.Ranks())[0]
+    ours = run.load_policy(cfg, str(folder), CPU)[0]
     plain = copy.deepcopy(ours).to(torch.bfloat16)
-    egspo.accelerate(ours, cfg, torch.device("cpu"))
+    run.accelerate(ours, bf16=True, compiled=False)
     moved = {}
     for name, net in (("ours", ours), ("plain", plain)):
         weight = net.blocks[0].q.weight
         before, common = weight.detach().clone(), weight.detach().abs() > 1e-3
-        optimizer = egspo.make_optimizer(net, cfg)
+        optimizer = run.make_optimizer(net, cfg)
         for _ in range(20):
-            net.head(net.hidden(torch.arange(12).view(1, 12))).square().sum().backward()
+            net.head(net.features(torch.arange(12).view(1, 12))).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
         moved[name] = (weight != before)[common].float().mean()
@@ -506,7 +527,7 @@ def test_the_learning_rate_is_a_function_of_the_step(folder, policy):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     rates = []
     for step in range(6):
-        egspo.set_learning_rate(optimizer, cfg, step)
+        run.set_learning_rate(optimizer, cfg, step)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
@@ -525,49 +546,49 @@ def test_each_epoch_is_a_permutation_and_ranks_share_a_step_by_arithmetic():
         p
         for step in range(5)
         for rank in range(2)
-        for p in egspo.batch(problems, 2, step, 0, Two(rank))
+        for p in run.batch(problems, 2, step, 0, Two(rank))
     ]
     assert sorted(seen) == problems
-    alone = [p for step in range(5) for p in egspo.batch(problems, 4, step, 0, Two(0, 1))]
+    alone = [p for step in range(5) for p in run.batch(problems, 4, step, 0, Two(0, 1))]
     assert seen == alone
-    again = [p for step in range(5, 10) for p in egspo.batch(problems, 4, step, 0, Two(0, 1))]
+    again = [p for step in range(5, 10) for p in run.batch(problems, 4, step, 0, Two(0, 1))]
     assert sorted(again) == problems and again != alone
 
 
 def test_prompts_are_left_padded_and_never_cut(folder):
-    _, tokenizer = egspo.load_policy(settings(), str(folder), egspo.Ranks())
+    net, tokenizer = run.load_policy(settings(), str(folder), CPU)
     problems = data.TASKS["sudoku"].load("val")[:3]
-    P = egspo.prompt_length(settings(), problems, tokenizer)
-    prompt_BP, real_BP = egspo.encode(problems, tokenizer, P + 5, 258)
+    P = run.measured(settings(), net, problems, tokenizer).P
+    prompt_BP, real_BP = model.left_pad(chat_ids(problems, tokenizer), P + 5, 258)
     assert (prompt_BP[:, :5] == 258).all() and not real_BP[:, :5].any()
     assert tokenizer.decode(prompt_BP[0, 5:]) == problems[0].prompt + "\n"
     with pytest.raises(
         ValueError, match=rf"--P 20: 3 of 3 prompts are longer \(the longest has {P} "
     ):
-        egspo.prompt_length(settings(P=20), problems, tokenizer)
+        run.measured(settings(P=20), net, problems, tokenizer)
 
 
 def test_texts_stop_at_the_first_end_token_and_lengths_count_up_to_it(folder):
-    _, tokenizer = egspo.load_policy(settings(), str(folder), egspo.Ranks())
+    _, tokenizer = run.load_policy(settings(), str(folder), CPU)
     ids = tokenizer("ab")["input_ids"]
     token_NC = torch.tensor([ids + [256] + ids, ids + ids + ids[:1]])
-    assert egspo.texts(token_NC, tokenizer, 256) == ["ab", "ababa"]
-    roll = egspo.Rollout(None, None, token_NC, None, None, None, T=5, forwards=0)
+    assert model.texts(token_NC, tokenizer, 256) == ["ab", "ababa"]
+    roll = egspo.Rollout(None, None, token_NC, None, None, None, T=5)
     assert roll.lengths(256).tolist() == [2, 5]
 
 
 def test_pieces_join_to_the_text_and_a_split_character_stands_at_its_first_token(folder):
-    _, tokenizer = egspo.load_policy(settings(), str(folder), egspo.Ranks())
+    _, tokenizer = run.load_policy(settings(), str(folder), CPU)
     ids = tokenizer("a→b")["input_ids"]
-    assert plumbing.pieces(ids, tokenizer) == ["a", "→", "", "", "b"]
+    assert events.pieces(ids, tokenizer) == ["a", "→", "", "", "b"]
 
 
 def test_a_tally_is_a_weighted_mean_over_everything_it_was_given():
-    tally = egspo.Tally()
+    tally = events.Tally()
     tally.add("x", torch.tensor([1.0, 2.0]))
     tally.add("x", torch.tensor([6.0, math.nan]), torch.tensor([True, False]))
     tally.add("x", 3.0)
-    assert tally.means(egspo.Ranks())["x"] == 3.0
+    assert tally.means(run.Ranks().gather)["x"] == 3.0
 
 
 def test_the_wilson_interval_is_the_textbook_one():
@@ -589,6 +610,7 @@ def test_the_wilson_interval_is_the_textbook_one():
         (dict(temperature=0.0), "--temperature 0.0: must be above 0"),
         (dict(lr=math.nan), "--lr nan: must be above 0 and finite"),
         (dict(quantize="nf4"), "--quantize nf4: quantised weights are frozen"),
+        (dict(method="diffu_grpo", likelihood="exact"), "--likelihood exact: diffu_grpo does not"),
     ],
 )
 def test_a_bad_value_is_named_with_its_flag_and_what_would_do(change, message):

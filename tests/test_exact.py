@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import egspo
+from config import Config
 
 C, T, MASK = 4, 2, 2
 WORDS = [0, 1, 3]  # of five tokens; 2 is the mask, and 4, the end, is never emitted
@@ -29,7 +30,7 @@ class Table(torch.nn.Module):
         size = (5**C, C, 5)
         self.theta = torch.nn.Parameter(torch.randn(size, dtype=torch.float64, generator=stream))
 
-    def hidden(self, ids_NL, real_NL=None):
+    def features(self, ids_NL, real_NL=None):
         """The logits themselves, so that `head` has nothing to do; no prompt: L = C."""
         index_N = (ids_NL * 5 ** torch.arange(C)).sum(1)
         return self.theta[index_N]
@@ -38,14 +39,14 @@ class Table(torch.nn.Module):
         return h
 
 
-def settings(**changes) -> egspo.Config:
+def settings(**changes) -> Config:
     base = dict(C=C, T=T, block=C, K=T, temperature=0.9, lam=0.0, G=2)
-    return egspo.Config(**(base | changes))
+    return Config(**(base | changes))
 
 
 def moves_from(policy, state_C, cfg):
     """Every (move, probability) from a state: all draws of what is hidden, through `reveal`."""
-    logp_CV = egspo.log_policy(policy, policy.hidden(state_C[None]), cfg.temperature)[0]
+    logp_CV = egspo.log_policy(policy, policy.features(state_C[None]), cfg.temperature)[0]
     hidden_C = state_C == MASK
     spots = hidden_C.nonzero().flatten().tolist()
     found = {}
@@ -72,9 +73,9 @@ def log_prob(policy, state_C, move, cfg):
     empty = torch.zeros((1, 0), dtype=torch.long)
     mb = egspo.Moves(
         empty, empty.bool(), state_C[None], torch.tensor([move[0]]), torch.tensor([move[1]]),
-        torch.ones(1, dtype=torch.bool),
+        torch.ones((1, 1), dtype=torch.bool),
     )  # fmt: skip
-    return egspo.move_logp(policy, egspo.features(policy, mb), mb, cfg)[0]
+    return egspo.move_logp(policy, egspo.completion_features(policy, mb), mb, cfg)[0, 0]
 
 
 def step(state_C, move):
@@ -83,7 +84,7 @@ def step(state_C, move):
     return after_C
 
 
-def gradients(seed: int, act: egspo.Config, learn: egspo.Config, baseline: bool = False):
+def gradients(seed: int, act: Config, learn: Config, baseline: bool = False):
     """(dJ/dtheta, the enumerated policy gradient); `act` samples, `learn` scores."""
     policy = Table(seed)
     stream = torch.Generator().manual_seed(seed + 100)

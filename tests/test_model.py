@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import torch.nn as nn
@@ -13,9 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import model
 
-SHARED = Path(os.environ.get("EGSPO_SHARED", Path(__file__).parents[2] / "shared"))
-FIXTURES = SHARED / "fixtures"
-needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="the stored logits are not here")
+FIXTURES = Path(__file__).parent / "fixtures"
 
 LLADA = dict(
     model_type="llada", d_model=32, n_heads=4, n_kv_heads=4, n_layers=2, mlp_hidden_size=48,
@@ -168,7 +167,6 @@ def twin_of(folder: Path) -> Twin:
 # ---- the forward pass ----------------------------------------------------------------------------
 
 
-@needs_fixtures
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_logits_equal_those_of_the_published_code(family):
     net = model.load(FIXTURES / f"{family}-tiny")
@@ -178,7 +176,6 @@ def test_logits_equal_those_of_the_published_code(family):
         assert (net(stored["input_ids"]) - expected).abs().max() < 1e-4
 
 
-@needs_fixtures
 @pytest.mark.parametrize("name", ["llada-8b-instruct", "dream-7b-instruct"])
 def test_every_tensor_of_the_published_index_is_there_and_no_other(name):
     index = json.loads((FIXTURES / name / "model.safetensors.index.json").read_text())
@@ -271,7 +268,7 @@ def test_asking_for_positions_gives_the_rows_of_the_full_answer(variant):
         for n in range(2):
             for r in range(3):
                 assert (some[n, r] - full[n, at[n, r]]).abs().max() < 1e-5
-        h = net.hidden(ids)
+        h = net.features(ids)
         assert torch.allclose(net.head(h[:, 4]), full[:, 4], atol=1e-5)
 
 
@@ -288,12 +285,12 @@ def test_a_cache_renews_only_the_positions_asked_for(variant):
         net = make(VARIANTS[variant] | {layers: depth})
         cache = [[] for _ in net.blocks]
         with torch.no_grad():
-            full = net.hidden(ids_NL, real_NL)[:, 4:7]
-            seen = lambda ids: net.hidden(ids, real_NL, at_J, cache)
+            full = net.features(ids_NL, real_NL)[:, 4:7]
+            seen = lambda ids: net.features(ids, real_NL, at_J, cache)
             assert torch.equal(seen(ids_NL), full)
             assert torch.allclose(seen(ids_NL), full, atol=1e-5)
             assert torch.allclose(seen(outside), full, atol=1e-5)
-            exact = net.hidden(inside, real_NL)[:, 4:7]
+            exact = net.features(inside, real_NL)[:, 4:7]
             assert torch.allclose(seen(inside), exact, atol=1e-5) == (depth == 1)
             assert not torch.allclose(full, exact, atol=1e-2)
 
@@ -473,7 +470,7 @@ def test_a_bad_folder_is_one_clear_line_that_names_the_file(damage, tmp_path):
 def test_a_model_that_is_not_to_be_had_says_what_to_put_where(path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=f"{path}.*config.json.*FOLDER") as caught:
-        model.load(path, revision="v1")
+        model.load(f"{path}@v1")
     assert "\n" not in str(caught.value)
 
 
@@ -567,7 +564,6 @@ def test_compiled_it_is_one_graph_with_adapters_and_one_without():
 
 @pytest.mark.parametrize("family, raw", [("llada", LLADA), ("dream", DREAM)])
 def test_a_saved_adapter_loads_in_peft_with_the_same_outputs(family, raw, tmp_path):
-    peft = pytest.importorskip("peft")
     net = with_adapter(saved_base(raw, tmp_path / "base"))
     model.save(net, tmp_path / "adapter")
     twin = peft.PeftModel.from_pretrained(twin_of(tmp_path / "base"), tmp_path / "adapter")
@@ -598,7 +594,6 @@ PEFT_TARGETS = {
 
 @pytest.mark.parametrize("case", PEFT_TARGETS)
 def test_an_adapter_made_by_peft_loads_with_the_same_outputs_and_back(case, tmp_path):
-    peft = pytest.importorskip("peft")
     raw, targets = PEFT_TARGETS[case]
     saved_base(raw, tmp_path / "base")
     config = peft.LoraConfig(
@@ -630,8 +625,8 @@ def test_a_bad_adapter_is_one_clear_line(tmp_path):
     tensors = load_file(folder / "adapter_model.safetensors")
     name = "base_model.model.model.transformer.blocks.0.q_proj.lora_B.weight"
 
-    def check(words, changes={}, weights=tensors):
-        (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+    def check(words, changes=None, weights=tensors):
+        (folder / "adapter_config.json").write_text(json.dumps(config | (changes or {})))
         save_file(weights, folder / "adapter_model.safetensors")
         with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
             model.load(folder)
@@ -650,23 +645,21 @@ def test_a_bad_adapter_is_one_clear_line(tmp_path):
 # ---- quantised base ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantize, bits, error", [("nf4", 4.6, 0.3), ("int8", 8.6, 0.03)])
-def test_a_quantised_base_is_small_and_near_and_trains(quantize, bits, error, tmp_path):
-    pytest.importorskip("bitsandbytes")
+def test_a_quantised_base_is_small_and_near_and_trains(tmp_path):
     exact = model.from_config(LLADA | dict(d_model=128, mlp_hidden_size=256, include_bias=True))
     for name, p in exact.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(p, 0, 0.1)
     model.save(exact, tmp_path / "base")
     shard(tmp_path / "base")
-    net = model.load(tmp_path / "base", quantize=quantize)
+    net = model.load(tmp_path / "base", quantize="nf4")
     weights = [m.weight for block in net.blocks for _, m in model.linears(block)]
     count = sum(p.numel() for b in exact.blocks for p in b.parameters() if p.dim() == 2)
-    assert 8 * sum(w.nbytes for w in weights) <= bits * count
+    assert 8 * sum(w.nbytes for w in weights) <= 4.6 * count
     assert net.unembed.weight.dtype == torch.float32, "the head is not quantised"
     with torch.no_grad():
         wanted, got = exact(some_ids()), net(some_ids())
-        assert 0 < (got - wanted).norm() < error * wanted.norm()
+        assert 0 < (got - wanted).norm() < 0.3 * wanted.norm()
 
     net = with_adapter(net)
     net.checkpointing = True
@@ -680,7 +673,7 @@ def test_a_quantised_base_is_small_and_near_and_trains(quantize, bits, error, tm
         assert torch.equal(net.eval()(some_ids()), tuned), "rollout and update are one function"
 
     model.save(net, tmp_path / "adapter")
-    again = model.load(tmp_path / "adapter", quantize=quantize)
+    again = model.load(tmp_path / "adapter", quantize="nf4")
     with torch.no_grad():
         assert torch.equal(again(some_ids()), tuned)
     model.merge_lora(net)
@@ -689,12 +682,10 @@ def test_a_quantised_base_is_small_and_near_and_trains(quantize, bits, error, tm
         assert (model.load(tmp_path / "merged")(some_ids()) - tuned).norm() < 0.03 * tuned.norm()
 
 
-@pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_a_quantised_linear_is_its_dense_weight_forward_and_backward(quantize):
-    pytest.importorskip("bitsandbytes")
+def test_a_quantised_linear_is_its_dense_weight_forward_and_backward():
     torch.manual_seed(0)
     linear = nn.Linear(64, 32)
-    made = model.quantized(linear, linear.weight.data, quantize, "cpu")
+    made = model.quantized(linear, linear.weight.data, "cpu")
     x, out = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 5, 32)
     y = made(x)
     y.backward(out)
@@ -704,21 +695,17 @@ def test_a_quantised_linear_is_its_dense_weight_forward_and_backward(quantize):
         assert (got - wanted).norm() < 0.01 * wanted.norm()
 
 
-@pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_a_row_through_a_quantised_linear_does_not_depend_on_an_outlier_beside_it(quantize):
-    pytest.importorskip("bitsandbytes")
+def test_a_row_through_a_quantised_linear_does_not_depend_on_an_outlier_beside_it():
     torch.manual_seed(0)
     linear = nn.Linear(64, 32)
-    made = model.quantized(linear, linear.weight.data, quantize, "cpu").eval()
+    made = model.quantized(linear, linear.weight.data, "cpu").eval()
     x = torch.randn(4, 64)
     x[0, 7] = 100.0
     assert (made(x)[1:] - made(x[1:])).norm() < 0.002 * made(x[1:]).norm()
 
 
-@pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_a_random_network_can_be_quantised_but_not_saved_whole(quantize, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    net = model.from_config(LLADA | dict(include_bias=True), quantize=quantize)
+def test_a_random_network_can_be_quantised_but_not_saved_whole(tmp_path):
+    net = model.from_config(LLADA | dict(include_bias=True), quantize="nf4")
     assert net(some_ids()).isfinite().all()
     with pytest.raises(ValueError, match="quantised"):
         model.save(net, tmp_path)

@@ -14,16 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import toy_model
+from tokenizers import pre_tokenizers
 
-import data
+import config
 import egspo
 import letters  # noqa: F401  the task of these runs
 import model
-import plumbing
+import run as running
+from toy import toy_model
 
 REPO = Path(__file__).parents[1]
-SHARED = Path(os.environ.get("EGSPO_SHARED", REPO.parent / "shared"))
+FIXTURES = REPO / "tests" / "fixtures"
 SMALL = (
     "--task letters --C 12 --T 6 --block 12 --B 2 --G 2 --K 2 --micro 4 --no-compile --lr 1e-2 "
     "--eval-every 4 --save-every 2 --eval-n 4 --precision float32"
@@ -148,7 +149,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_kept(whole, toy):
 def test_killed_at_random_moments_and_resumed_equals_uninterrupted(whole, toy, tmp_path):
     out, chance, kills = tmp_path / "killed", random.Random(0), 0
     words = ["--model", toy, *SMALL, "--out", out, "--steps", 6]
-    for attempt in range(12):
+    for _ in range(12):
         resume = ["--resume"] if (out / "config.json").exists() else []
         process = subprocess.Popen(
             command(*words, *resume), env=environment(),
@@ -246,9 +247,9 @@ def test_a_run_that_torchrun_starts_again_goes_on_from_its_checkpoint(
     assert "resuming after 2 of 6 steps" in done.stdout  # and on nodes that count no failure:
     env = (out / "source" / "env.txt").read_text()
     job = env.split("torchrun ")[1].split()[0]
-    for job, goes_on in ((job, True), ("another", False), ("none", False)):
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
-        assert plumbing.restarted(out) == goes_on
+    for name, goes_on in ((job, True), ("another", False), ("none", False)):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        assert config.restarted(out) == goes_on
     assert same(weights(whole), weights(out))
 
 
@@ -257,10 +258,10 @@ def test_the_newest_checkpoints_and_the_best_one_are_kept(tmp_path, monkeypatch)
     folder = Path("runs/x/checkpoints")
     for step in (2, 9, 10, 11, 12):
         (folder / f"step-{step}").mkdir(parents=True)
-    plumbing.link(folder / "best", "step-9")
-    plumbing.prune(folder, keep=2)
+    running.link(folder / "best", "step-9")
+    running.prune(folder, keep=2)
     assert {path.name for path in folder.iterdir()} == {"step-9", "step-11", "step-12", "best"}
-    assert egspo.model_folder("runs/x") == str((folder / "step-9").resolve())
+    assert config.newest("runs/x") == str((folder / "step-9").resolve())
 
 
 def test_a_second_writer_is_refused(toy, tmp_path):
@@ -305,8 +306,8 @@ def test_no_thread_of_the_ranks_is_left_at_the_end(tmp_path):
         "left = lambda: b'left %d\\n' % sum('gloo' in name for name in names())\n"
         "atexit.register(lambda: os.write(2, left()))\n"
         f"sys.path.insert(0, {str(REPO)!r})\n"
-        "import plumbing, torch\n"
-        "ranks = plumbing.Ranks()\n"
+        "import run, torch\n"
+        "ranks = run.Ranks()\n"
         "torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])\n"
         "assert ranks.any(True) and any('gloo' in name for name in names())\n"
     )
@@ -376,7 +377,6 @@ def test_bad_usage_is_one_line_that_names_the_flag(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["egspo.py", "--model", str(toy), *SMALL, *words])
-    monkeypatch.setattr(egspo, "StopSignal", lambda: None)  # the handlers are the process's
     assert egspo.main() == 2
     stderr = capsys.readouterr().err
     assert stderr.count("\n") == 1 and named in stderr, stderr
@@ -393,7 +393,7 @@ def test_bad_usage_is_exit_code_2_without_a_traceback(toy, tmp_path):
 def test_help_lists_every_flag_with_its_comment():
     done = run("--help")
     assert done.returncode == 0
-    for flag in dataclasses.fields(egspo.Config):
+    for flag in (*dataclasses.fields(config.Config), *dataclasses.fields(config.Mode)):
         assert f"--{flag.name.replace('_', '-')}" in done.stdout
     assert "selected denoising steps" in done.stdout
 
@@ -423,11 +423,9 @@ def test_an_adapter_run_resumes_exactly_is_a_model_and_merges(toy, tmp_path):
 
 
 def test_the_dry_run_counts_an_8b_model_and_says_where_it_fits(tmp_path):
-    config = SHARED / "fixtures" / "llada-8b-instruct" / "config.json"
-    if not config.exists():
-        pytest.skip("the published config.json is not here")
+    published = (FIXTURES / "llada-8b-instruct" / "config.json").read_text()
     (tmp_path / "8b").mkdir()
-    (tmp_path / "8b" / "config.json").write_text(config.read_text())
+    (tmp_path / "8b" / "config.json").write_text(published)
     done = run("--model", tmp_path / "8b", "--dry-run", "--P", 200)
     assert done.returncode == 0, done.stderr
     assert "8,015.6 M parameters, 335.5 M trained" in done.stdout
@@ -438,24 +436,30 @@ def test_the_dry_run_counts_an_8b_model_and_says_where_it_fits(tmp_path):
 
 
 def test_the_real_chat_templates_work_without_remote_code(tmp_path, toy):
-    dream, llada = (SHARED / "fixtures" / f"{name}-instruct" for name in ("dream-7b", "llada-8b"))
-    if not dream.exists():
-        pytest.skip("the published tokenizer settings are not here")
-    problem = data.Problem("letters", "Wie heißt du? 12 → 13", None, "0")
-    tokenizer = model.load_tokenizer(dream)
-    ids = egspo.chat_ids([problem], tokenizer)[0]
-    assert (
-        tokenizer.mask_token_id == json.loads((dream / "config.json").read_text())["mask_token_id"]
-    )
+    dream, llada = (FIXTURES / f"{name}-instruct" for name in ("dream-7b", "llada-8b"))
+    prompt = "Wie heißt du? 12 → 13"
+    (tmp_path / "dream").mkdir()
+    # the vocabularies are not here: the published settings over one that spells in bytes
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ids = {letter: i for i, letter in enumerate(alphabet)}
+    ids |= {f"unused {i}": i for i in range(len(ids), 151_643)}
+    for file in dream.glob("*.json"):
+        (tmp_path / "dream" / file.name).write_text(file.read_text())
+    (tmp_path / "dream" / "vocab.json").write_text(json.dumps(ids))
+    (tmp_path / "dream" / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = model.load_tokenizer(tmp_path / "dream")
+    ids = model.chat_ids([prompt], tokenizer)[0]
+    mask_id = json.loads((dream / "config.json").read_text())["mask_token_id"]
+    assert tokenizer.mask_token_id == mask_id
     assert tokenizer.decode(ids).endswith(
-        "<|im_start|>user\n" + problem.prompt + "<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>user\n" + prompt + "<|im_end|>\n<|im_start|>assistant\n"
     )
-    # LLaDA's vocabulary is not here: its settings over the toy's, with the config that wants code
+    # LLaDA's over the toy's, with the config that asks for remote code
     for file in (llada / "config.json", llada / "tokenizer_config.json", toy / "tokenizer.json"):
         (tmp_path / file.name).write_text(file.read_text())
     tokenizer = model.load_tokenizer(tmp_path)
-    assert tokenizer.decode(egspo.chat_ids([problem], tokenizer)[0]) == (
-        "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n" + problem.prompt
+    assert tokenizer.decode(model.chat_ids([prompt], tokenizer)[0]) == (
+        "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n" + prompt
         + "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     )  # fmt: skip
 

@@ -12,13 +12,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toy import toy_model
 from transformers import AutoTokenizer
 
+import config
 import egspo
 import model
+import run as running
 import sft
 from data import TASKS
+from toy import toy_model
 
 REPO = Path(__file__).parents[1]
 TINY = REPO / "tiny"
@@ -58,7 +60,7 @@ def test_a_right_demonstration_earns_full_reward_and_the_others_seldom_do(name):
 
 @pytest.mark.parametrize("name", sft.DEMONSTRATORS)
 def test_the_mixture_has_its_shares_and_comes_after_the_right_ones(name):
-    cfg, rng = sft.Config(out="out", task=(name,), steps=10, batch=400), random.Random(0)
+    cfg, rng = sft.Recipe(out="out", task=(name,), steps=10, batch=400), random.Random(0)
     problems = TASKS[name].load("train")
     told = {
         kind: {sft.demonstrate(problem, lambda: kind, rng) for problem in problems}
@@ -74,7 +76,7 @@ def test_the_mixture_has_its_shares_and_comes_after_the_right_ones(name):
 
 
 def test_the_kinds_of_sudoku_demonstrators_mix_cell_by_cell():
-    cfg = sft.Config(out="out", task=("sudoku",), steps=10, batch=400)
+    cfg = sft.Recipe(out="out", task=("sudoku",), steps=10, batch=400)
     problems = {problem.prompt: problem.answer for problem in TASKS["sudoku"].load("train")}
     for rows in itertools.islice(sft.demonstrations(cfg), 7, 10):
         blank, right, cells = 0, 0, 0
@@ -227,21 +229,19 @@ def test_the_embedded_model_is_small_and_says_how_it_was_made():
 
 @pytest.mark.parametrize("name", sft.DEMONSTRATORS)
 def test_greedy_decoding_of_the_embedded_model_solves_little_but_sampling_earns_more(name):
-    cfg = egspo.Config(**(egspo.SMALL | egspo.EMBEDDED[name] | dict(task=name, model="tiny")))
-    net, tokenizer = model.load(TINY), AutoTokenizer.from_pretrained(TINY)
-    never_V = egspo.never_emitted(net, tokenizer)
-    net.register_buffer("never_V", never_V, persistent=False)
+    cfg = config.of_model("tiny", name)
+    net, tokenizer = running.load_policy(cfg, "tiny", torch.device("cpu"))
     problems = TASKS[name].load("val")[:64]
-    P = egspo.prompt_length(cfg, problems, tokenizer)
-    prompts = egspo.encode(problems, tokenizer, P, net.config.pad_id)
+    rows = model.chat_ids([problem.prompt for problem in problems], tokenizer)
+    prompts = model.left_pad(rows, max(map(len, rows)), net.config.pad_id)
 
     def rewards(noise):
         roll = egspo.rollout(net, *prompts, cfg, noise)
-        answers = egspo.texts(roll.token_NC, tokenizer, net.config.eos_id)
+        answers = model.texts(roll.token_NC, tokenizer, net.config.eos_id)
         return TASKS[name].rewards(answers, problems)
 
     greedy = rewards(None)
     assert sum(reward.correct for reward in greedy) <= 0.2 * 64
-    noise = (egspo.uniform((cfg.T, 2, cfg.block), range(64), seed) for seed in range(4))
+    noise = (running.uniform((cfg.T, 2, cfg.block), range(64), seed) for seed in range(4))
     best = torch.tensor([rewards(u) for u in noise]).amax(0)
     assert best.mean() > torch.tensor(greedy).mean() + 0.1  # of four samples

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
-from test_run import REPO, SMALL, command, environment, events, run, same, train, weights
-from toy import toy_model
 
 import egspo
+from test_run import REPO, SMALL, command, environment, events, run, same, train, weights
+from toy import toy_model
 
 # Blocks of 4, so that rows end early; 5 held-out problems, so that one rank has a batch less.
 SHARDED = ["--shard", "--B", 1, "--block", 4, "--eval-n", 5]
@@ -143,7 +143,6 @@ def test_a_rank_that_cannot_write_ends_all_with_one_line_and_latest_stays(sharde
 def test_bad_usage_is_one_line(toy, tmp_path, monkeypatch, capsys, words, named):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["egspo.py", "--model", str(toy), *SMALL, *words])
-    monkeypatch.setattr(egspo, "StopSignal", lambda: None)  # the handlers are the process's
     assert egspo.main() == 2
     stderr = capsys.readouterr().err
     assert stderr.count("\n") == 1 and "--shard" in stderr and named in stderr, stderr

@@ -1,5 +1,6 @@
 """A tiny random model in the published layout, with a tokenizer that spells everything in bytes."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -39,5 +40,13 @@ def toy_model(folder: Path, seed: int = 0, **changes) -> Path:
                 p.mul_(5)
     folder.mkdir(parents=True, exist_ok=True)
     model.save(net, folder)
+    defaults = {
+        "lora_r": 0,
+        "checkpointing": False,
+        "steps": 25,
+        "max_grad_norm": 1.0,
+        "beta": 0.01,
+    }
+    (folder / "defaults.json").write_text(json.dumps({"settings": defaults}))
     byte_tokenizer().save_pretrained(folder)
     return folder

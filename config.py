@@ -1,0 +1,297 @@
+"""Which settings are there, which of them suit a model, and what is a bad value?
+
+`parse` turns a command line into a `Config`, checked and constant from then on, and a `Mode`: what
+to do instead of starting a new run. A model may bring its own defaults: `defaults.json` in its
+folder, as tiny/ has it, with the `task` it was made for, `settings` for all tasks and `by_task`
+what one of them wants otherwise. What a run trained carries on with the settings of that run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import torch
+
+import data
+import model
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a masked diffusion language model by reinforcement learning (EGSPO, EGSPO-SA)."""
+
+    task: str = "sudoku"  # what to learn: sudoku countdown toycode gsm8k math humaneval mbpp
+    model: str = "GSAI-ML/LLaDA-8B-Instruct"  # a folder, a hub id[@revision], or tiny (embedded)
+    out: str = ""  # run folder (default: runs/<task>-<model>-<time>)
+    steps: int = 1000  # one rollout each, and --mu optimizer updates
+    seed: int = 0
+    eval_every: int = 50  # steps between evaluations on the validation split
+    eval_n: int = 0  # problems of an evaluation; 0: the whole split
+    test: bool = True  # evaluate the test split once, after the last step
+    save_every: int = 50  # steps between checkpoints
+    keep: int = 3  # newest checkpoints kept, beside the best on the validation split
+
+    method: Literal["egspo", "diffu_grpo"] = "egspo"  # diffu_grpo: the one-step baseline of d1
+    select: Literal["entropy", "uniform", "random", "all"] = "entropy"  # which K steps learn
+    likelihood: Literal["tokens", "exact"] = "tokens"  # exact: count the choice of positions too
+    cache: Literal["none", "block"] = "none"  # block: encode the other blocks once, not T times
+    order: Literal["low_confidence", "random"] = "low_confidence"  # which positions are revealed
+    lam: float = 0.5  # weight of the stepwise advantage; 0 is EGSPO
+    K: int = 8  # selected denoising steps of a trajectory
+    G: int = 8  # samples a prompt
+    B: int = 6  # prompts a rollout on each rank
+    C: int = 256  # tokens of a completion
+    T: int = 128  # denoising steps
+    block: int = 32  # tokens of a block
+    P: int = 0  # longest prompt in tokens; 0: the longest of the data
+    temperature: float = 0.9  # of sampling, and so of scoring
+    eps_low: float = 0.2  # clip: the ratio's lower bound is 1 - eps_low
+    eps_high: float = 0.5  # clip: the ratio's upper bound is 1 + eps_high
+    beta: float = 0.04  # weight of the KL to the reference
+
+    lr: float = 3e-5  # learning rate after the warm-up, constant
+    warmup: int = 10  # steps of linear warm-up
+    mu: int = 1  # optimizer updates a rollout
+    weight_decay: float = 0.1
+    max_grad_norm: float = 0.2
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    micro: int = 8  # rows a backward; changes memory and speed, not the result
+    lora_r: int = 128  # rank of the adapters; 0 trains all weights
+    lora_alpha: float = 64.0
+    quantize: Literal["none", "nf4"] = "none"  # of the frozen base, with --lora-r
+    precision: Literal["auto", "bf16", "float32"] = "auto"  # auto: bf16 where the hardware has it
+    compile: bool = True  # torch.compile the transformer's blocks
+    checkpointing: bool = True  # recompute each block in backward: less memory, 1/3 more time
+    shard: bool = False  # shard weights, gradients and optimizer over the ranks (FSDP2)
+
+    data_dir: str = ""  # look here for data sets before the hub
+    train_set: str = ""  # humaneval and mbpp learn from kodcode (default) or mbpp
+    data: str = ""  # learn your own rows: a .jsonl file
+    unsafe_code: bool = False  # run code rewards even without seccomp and Landlock
+    log_live: float = 4.0  # live denoising events a second; 0 turns them off
+
+    def __post_init__(self):
+        """Fail at the door: every value is checked here, once, and named in the message."""
+        check = checker(self)
+        check(self.task in data.TASKS, "task", f"choose one of {' '.join(data.TASKS)}")
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal:
+                choices = " ".join(get_args(hint))
+                check(getattr(self, name) in get_args(hint), name, f"choose one of {choices}")
+        for flag in "steps eval_every save_every K B C T block micro mu keep".split():
+            check(getattr(self, flag) >= 1, flag, "must be at least 1")
+        for flag in ("lr", "temperature", "max_grad_norm", "lora_alpha"):
+            check(0 < getattr(self, flag) < math.inf, flag, "must be above 0 and finite")
+        for flag in ("lam", "beta", "weight_decay", "eps_high", "log_live"):
+            check(0 <= getattr(self, flag) < math.inf, flag, "must be at least 0 and finite")
+        for flag in ("P", "seed", "lora_r", "warmup", "eval_n"):
+            check(getattr(self, flag) >= 0, flag, "must be at least 0")
+        check(0 <= self.eps_low < 1, "eps_low", "must be in [0, 1)")
+        check(not self.data_dir or Path(self.data_dir).is_dir(), "data_dir", "no such folder")
+        check(self.G >= 2, "G", "a group needs at least 2 samples to compare")
+
+        R = self.C // self.T
+        check(self.C % self.block == 0, "block", f"must divide --C {self.C}")
+        check(self.C % self.T == 0, "T", f"must divide --C {self.C}, so that each step reveals C/T")
+        whole = f"must be a multiple of C/T = {R}, so that a block takes whole steps"
+        check(self.block % R == 0, "block", whole)
+        check(self.K <= self.T, "K", f"cannot select more steps than --T {self.T}")
+        if self.select == "all":
+            object.__setattr__(self, "K", self.T)
+
+        scored = self.likelihood == "tokens" or self.order == "random"
+        unknown = "the rollout does not know the exact probability of a move: --likelihood tokens"
+        check(self.cache == "none" or scored, "cache", unknown)
+        moves = "diffu_grpo does not score the moves that were made: take --method egspo"
+        check(self.method == "egspo" or self.cache == "none", "cache", moves)
+        check(self.method == "egspo" or self.likelihood == "tokens", "likelihood", moves)
+        frozen = "quantised weights are frozen: train adapters with --lora-r 128"
+        check(self.quantize == "none" or self.lora_r > 0, "quantize", frozen)
+        plain = self.lora_r == 0 and self.optimizer == "adamw"
+        check(plain or not self.shard, "shard", "needs --lora-r 0 and --optimizer adamw")
+
+    @property
+    def stepwise(self) -> bool:
+        """Is a move credited against the guess at its own step (EGSPO-SA)?"""
+        return self.method == "egspo" and self.lam > 0
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What to do instead of starting a new run."""
+
+    resume: bool = False  # continue the run in --out
+    eval_only: bool = False  # evaluate --model on the test split
+    lengths: tuple[int, ...] = ()  # with --eval-only: completion lengths, 2 tokens a step
+    samples: int = 0  # with --eval-only: sample so many answers a problem, for pass@k; 0: greedy
+    dry_run: bool = False  # print parameters, memory and FLOPs, computed from the shapes
+    merge: bool = False  # fold the adapter of --model into full weights: a model folder in --out
+
+    def __post_init__(self):
+        check = checker(self)
+        check(self.samples >= 0, "samples", "must be at least 0")
+        for flag in ("lengths", "samples"):
+            check(self.eval_only or not getattr(self, flag), flag, "goes with --eval-only")
+
+
+def checker(settings: object) -> Callable[[bool, str, str], None]:
+    """check(holds, flag, what would do): ValueError names the flag and its value."""
+
+    def check(holds: bool, flag: str, want: str) -> None:
+        if not holds:
+            value = getattr(settings, flag)
+            value = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: {want}")
+
+    return check
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """Reinforcement learning of masked diffusion language models: EGSPO, EGSPO-SA."""
+
+    settings: Config
+    mode: Mode
+
+
+def parse(argv: list[str]) -> tuple[Config, Mode]:
+    """Settings and mode; ValueError, in one line, where something is wrong.
+
+    Read twice: first for the few flags that decide the defaults of all others.
+    """
+
+    def basis(task: str = "", model: str = "", out: str = "", resume: bool = False) -> Config:
+        goes_on = resume or restarted(Path(out or "nowhere"))
+        return of_run(out) if goes_on else of_model(model, task)
+
+    defaults, _ = read(basis, argv, "egspo.py", return_unknown_args=True, add_help=False)
+    line = read(CommandLine, argv, "egspo.py", default=CommandLine(defaults, Mode()))
+    cfg, mode = line.settings, line.mode
+    if restarted(Path(cfg.out or "nowhere")):
+        mode = replace(mode, resume=True)
+    if mode.resume and cfg.task != defaults.task:
+        raise ValueError(f"--task {cfg.task}: the run in --out {cfg.out} learns {defaults.task}")
+    path = newest(cfg.model)
+    if cfg.shard and (mode.eval_only or mode.merge):
+        raise ValueError("--shard: not with --eval-only or --merge")
+    anew = not (mode.resume or mode.eval_only or mode.dry_run or mode.merge)
+    if anew and cfg.out and (Path(cfg.out) / "events.jsonl").exists():
+        raise ValueError(f"--out {cfg.out} holds a run: continue it with --resume, or name another")
+    for length in mode.lengths:
+        block = min(cfg.block, length)
+        if length < 1 or block % 2 or length % block:
+            raise ValueError(
+                f"--lengths {length}: it, and --block {cfg.block} if shorter, must be even; "
+                "a longer length must be a multiple of the block"
+            )
+    return replace(cfg, model=path, out=cfg.out or run_folder(cfg.task, path, mode)), mode
+
+
+def read(kind: Callable, argv: list[str], prog: str, **options):
+    """tyro's reading of a command line; ValueError in one line where tyro would draw a box."""
+    import tyro
+
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(tyro.conf.OmitArgPrefixes[kind], args=argv, prog=prog, **options)
+    except SystemExit as leaving:
+        if not leaving.code:
+            raise  # --help
+    _, *inside = box.getvalue().splitlines()
+    says = re.compile(r"\w").search  # a ruled line does not
+    inside = itertools.dropwhile(lambda line: not says(line), inside)
+    told = " ".join(line.strip("│ ") for line in itertools.takewhile(says, inside))
+    raise ValueError(re.sub(r"^Error parsing (?!--)\w+: ", "", told))
+
+
+def of_model(path: str = "", task: str = "") -> Config:
+    """The defaults of a model: its own, where it has a defaults.json, or the paper's."""
+    path = newest(path or ("GSAI-ML/LLaDA-8B-Instruct" if torch.cuda.is_available() else "tiny"))
+    own = model_defaults(path)
+    task = task or own.get("task", "sudoku")
+    settings = own.get("settings", {}) | own.get("by_task", {}).get(task, {})
+    return configure(f"{path}/defaults.json", settings | {"model": path, "task": task})
+
+
+def of_run(out: str) -> Config:
+    """The settings of the run in this folder; flags may change them."""
+    if not out:
+        raise ValueError("--resume: say which run with --out runs/<name>")
+    file = Path(out) / "config.json"
+    if not file.exists():
+        raise ValueError(f"--resume: no run in --out {out} (no config.json there)")
+    return configure(str(file), model.read_json(file))
+
+
+def configure(file: str, settings: dict) -> Config:
+    """A Config of what a file says, not checked yet: flags may still mend it."""
+    cfg = Config()
+    for name, value in settings.items():
+        if not hasattr(cfg, name):
+            raise ValueError(f"{file}: not of this version (no setting is called {name})")
+        object.__setattr__(cfg, name, value)  # tyro builds, and so checks, another one of it
+    return cfg
+
+
+def model_defaults(path: str) -> dict:
+    """What a model's defaults.json says; empty where it has none or cannot be had."""
+    with contextlib.suppress(FileNotFoundError):
+        return model.read_json(model.find_folder(path, ["defaults.json"]) / "defaults.json")
+    return {}
+
+
+def carry_on(cfg: Config) -> dict:
+    """The defaults.json of a checkpoint of this run: its model's, with the shape it trained in."""
+    own = model_defaults(cfg.model)
+    shape = {name: getattr(cfg, name) for name in ("C", "T", "block", "B", "G", "K")}
+    by_task = own.get("by_task", {})
+    task = by_task.get(cfg.task, {}) | shape
+    return own | {"task": cfg.task, "by_task": by_task | {cfg.task: task}}
+
+
+def newest(path: str) -> str:
+    """A run folder stands for its best checkpoint by validation accuracy, or else its latest;
+    links are followed at once, for they move."""
+    for folder in (Path(path) / "checkpoints" / name for name in ("best", "latest")):
+        if folder.exists():
+            return str(folder.resolve())
+    return str(Path(path).resolve()) if Path(path).is_symlink() else path
+
+
+def run_folder(task: str, path: str, mode: Mode) -> str:
+    """Where a command without --out writes; an evaluation beside the weights."""
+    if mode.eval_only and path != "tiny" and Path(path).is_dir():
+        return path
+    return f"runs/{task}-{model_name(path)}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def model_name(path: str) -> str:
+    """What to call a model: a checkpoint by its run."""
+    folder = Path(path)
+    return folder.parents[1].name if folder.parent.name == "checkpoints" else folder.name
+
+
+def restarted(out: Path) -> bool:
+    """Has torchrun (--max-restarts) started the run in this folder anew after a failure?
+
+    An agent counts only the failures of its own workers; on other nodes the job's id, which
+    `run.describe` has left in the folder, tells.
+    """
+    job, file = os.environ.get("TORCHELASTIC_RUN_ID", "none"), out / "source" / "env.txt"
+    if not file.exists() or job == "none":
+        return file.exists() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return f"torchrun {job}" in file.read_text().splitlines()

@@ -1,0 +1,725 @@
+"""What does a run need that is not the method: ranks, speed, optimizer, checkpoints, its opening?
+
+`open_run` loads everything into a `Run`, which `egspo.train` then works with; `--dry-run` and
+`--merge`, which need no run, are here too. Nothing in this room knows how a step learns.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import copy
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+# Before there is a group: this module keeps the one it finds when it is imported (at the latest by
+# the first optimizer) beyond destroy_process_group, and its threads then abort some exits.
+import torch.distributed.nn.functional  # noqa: F401
+from torch import Tensor, nn
+
+import data
+import model
+from config import Config, carry_on
+from events import EventLog, compact, git_commit, say
+
+# ---- ranks ---------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """This process among `world` (torchrun's environment), and the sums across them."""
+
+    def __init__(self):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cpu")
+        if cuda:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if cuda else "gloo")
+            atexit.register(dist.destroy_process_group)
+
+    def rows(self, N: int) -> range:
+        """The numbers of this rank's N rows in the rollout of all ranks."""
+        return range(self.rank * N, (self.rank + 1) * N)
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.world > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+    def any(self, flag: bool) -> bool:
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def gather(self, x) -> list:
+        if self.world == 1:
+            return [x]
+        parts = [None] * self.world
+        dist.all_gather_object(parts, x)
+        return parts
+
+
+def clip_gradients(parameters: list[nn.Parameter], cfg: Config, ranks: Ranks) -> Tensor:
+    """Add up the gradients of all ranks, clip them, and return their norm before that.
+
+    A gradient is already divided by the count of all ranks, so the sum is the mean. One flattened
+    all-reduce; with --shard the backward pass has done it.
+    """
+    if ranks.world > 1 and not cfg.shard:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = ranks.sum(torch.cat([grad.flatten() for grad in grads]))
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view_as(grad))
+    norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+    return norm.full_tensor() if cfg.shard else norm
+
+
+# ---- how a run ends ------------------------------------------------------------------------------
+
+
+class Halt(Exception):
+    """The run ends here: one line for the user, and the exit code."""
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code
+
+
+def demand_finite(name: str, x: Tensor, ranks: Ranks) -> None:
+    """Stop all ranks, before anything is changed, if this number is nan or inf on any of them."""
+    here = bool(torch.isfinite(x))
+    if ranks.any(not here):
+        raise Halt(f"{name} is {'not finite on another rank' if here else x.item()}")
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM are noted, and acted on between two steps; a second one ends at once."""
+
+    def __init__(self):
+        self.number: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number: int, frame) -> None:
+        if self.number is not None:
+            os._exit(128 + number)
+        self.number = number
+        say("stopping after this step; once more to stop at once, without a checkpoint")
+
+
+def stopped(run: Run) -> Halt:
+    """What to raise after a signal, with the checkpoint written."""
+    again = f"continue with: python egspo.py --out {run.cfg.out} --resume"
+    return Halt(f"stopped by a signal; {again}", code=128 + (run.stop.number or signal.SIGTERM))
+
+
+@contextlib.contextmanager
+def closing(run: Run) -> Iterator[None]:
+    """Write into the log how the run ended, whatever ended it; a Halt becomes an exit code."""
+    try:
+        yield
+        run.log.end("finished")
+    except Halt as halt:
+        run.log.end("stopped" if halt.code > 2 else "crashed", str(halt))
+        latest = Path(run.cfg.out) / "checkpoints" / "latest"
+        saved = f"the last checkpoint is {latest.resolve()}"
+        saved = saved if latest.exists() else "there is no checkpoint yet"
+        say(f"egspo: step {run.log.it}: {halt}; {saved}", file=sys.stderr)
+        raise SystemExit(halt.code) from None
+    except BaseException as error:
+        run.log.end("crashed", repr(error))
+        if run.ranks.world > 1 and ("gloo" in str(error) or isinstance(error, dist.DistError)):
+            raise SystemExit(1) from None  # another rank has ended, and said why
+        raise
+
+
+def complain(error: Exception) -> int:
+    """One line to stderr about bad usage, and its exit code."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank > 0:
+        time.sleep(2)  # if the first rank has said the same and ended, torchrun ends this one now
+    print(f"egspo: {f'rank {rank}: ' * (rank > 0)}{error}", file=sys.stderr, flush=True)
+    return 2
+
+
+def progress(iterable, what: str, ranks: Ranks):
+    """A bar for what takes longer than two seconds, on a terminal."""
+    from tqdm import tqdm
+
+    quiet = ranks.rank > 0 or not sys.stderr.isatty()
+    return tqdm(iterable, what, disable=quiet, delay=2, leave=False)
+
+
+# ---- what a step draws ---------------------------------------------------------------------------
+
+
+def batch(problems: list[data.Problem], B: int, step: int, seed: int, ranks: Ranks) -> list:
+    """This rank's B problems of a step.
+
+    Every epoch is a permutation of its own; nothing is drawn and thrown away.
+    """
+    first = (step * ranks.world + ranks.rank) * B
+    return [
+        problems[permutation(len(problems), seed, i // len(problems))[i % len(problems)]]
+        for i in range(first, first + B)
+    ]
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(n: int, seed: int, epoch: int) -> list[int]:
+    return uniform((n,), range(1), seed, "epoch", epoch)[0].argsort().tolist()
+
+
+def uniform(shape: tuple[int, ...], rows: Sequence[int], *key) -> Tensor:
+    """Uniform numbers [len(rows), *shape] in float64, a function of `key` and the row alone.
+
+    Each row of the whole step's rollout has its own stream, so neither ranks nor batch-mates change
+    what it draws, and there is no generator state to save.
+    """
+    streams = []
+    for row in rows:
+        digest = hashlib.blake2b(repr((*key, row)).encode(), digest_size=8).digest()
+        stream = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        streams.append(torch.rand(shape, dtype=torch.float64, generator=stream))
+    return torch.stack(streams)
+
+
+# ---- speed ---------------------------------------------------------------------------------------
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """`auto`: where the hardware multiplies it faster than float32."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+@functools.cache
+def can_compile() -> bool:
+    """Triton brings its own compiler; on a CPU torch.compile needs the machine's."""
+    names = (os.environ.get("CXX", "g++"), "clang++")
+    found = torch.cuda.is_available() or any(shutil.which(name) for name in names)
+    if not found:
+        say("warning: no C++ compiler (g++ or clang++) found: --no-compile, 4 times slower")
+    return found
+
+
+def accelerate(net: nn.Module, bf16: bool, compiled: bool) -> nn.Module:
+    """The one place where speed is bought: bf16 autocast, and torch.compile of each block.
+
+    The blocks are alike, so they share one compiled graph for each shape; the head stays in the
+    weights' own precision, all after it in float32. Parameter names do not change.
+    """
+    net.bf16 = bf16
+    if compiled and can_compile():
+        for block in net.blocks:
+            block.compile(dynamic=False)
+    return net
+
+
+def freeze(net: nn.Module, bf16: bool) -> None:
+    """Make a reference: its linear maps are stored as autocast reads them, in half the memory."""
+    net.requires_grad_(False)
+    for block in net.blocks if bf16 else ():
+        for _, linear in model.linears(block):
+            linear.to(torch.bfloat16)
+
+
+def shard(net: nn.Module, bf16: bool, ranks: Ranks) -> None:
+    """Leave each rank its part of every weight; a block's are gathered while it is used (FSDP2).
+
+    With bf16 the blocks' are gathered as bf16: autocast's own copies would stay, whole, on every
+    rank. Gradients are sums over the ranks: the loss is already divided by the count of all.
+    """
+    from torch.distributed import fsdp
+
+    mesh = dist.init_device_mesh(ranks.device.type, (ranks.world,))
+    for module in (*net.blocks, net):
+        narrow = torch.bfloat16 if module is not net and bf16 else None
+        precision = fsdp.MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
+        fsdp.fully_shard(module, mesh=mesh, mp_policy=precision)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+    for method in ("features", "head"):
+        fsdp.register_fsdp_forward_method(net, method)
+
+
+def make_optimizer(net: nn.Module, cfg: Config) -> torch.optim.Optimizer:
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    settings = dict(lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
+    if cfg.optimizer == "adamw8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, fused=True, **settings)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, cfg: Config, step: int) -> None:
+    """Linear warm-up, then constant: a function of the step alone."""
+    for group in optimizer.param_groups:
+        group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
+
+
+# ---- opening a run -------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What a run holds; what training changes is in `policy` and `optimizer` alone."""
+
+    cfg: Config
+    policy: model.Transformer
+    tokenizer: object
+    ranks: Ranks
+    test_set: list[data.Problem]
+    train_set: list[data.Problem] = ()
+    val_set: list[data.Problem] = ()
+    reference: Callable | None = None  # () -> context manager: the network without what was learnt
+    optimizer: torch.optim.Optimizer | None = None
+    log: EventLog | None = None
+    stop: StopSignal | None = None
+    background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+
+    def prompts(self, problems: list[data.Problem]) -> tuple[Tensor, Tensor]:
+        """Left-padded ids [B, P] on this rank's device, and where they are real."""
+        rows = model.chat_ids([problem.prompt for problem in problems], self.tokenizer)
+        pair = model.left_pad(rows, self.cfg.P, self.policy.config.pad_id)
+        return tuple(x.to(self.ranks.device) for x in pair)
+
+    def stopping(self) -> bool:
+        """Has somebody signalled one of the ranks?"""
+        return self.ranks.any(self.stop.number is not None)
+
+    def judge(self, answers: list[str], problems: list[data.Problem]) -> Future:
+        """The rewards, one after the other, while the device goes on working."""
+        return self.background.submit(data.TASKS[self.cfg.task].rewards, answers, problems)
+
+
+@contextlib.contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Make a folder now, so that trouble with it is found first; not kept if it stays empty."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
+
+
+def open_run(cfg: Config, ranks: Ranks, resume: bool) -> tuple[Run, int]:
+    """Load everything and say what was chosen. Returns the run and the step it starts from."""
+    cfg = replace(cfg, out=ranks.gather(cfg.out)[0])  # its name may hold the time: clocks differ
+    with making(Path(cfg.out)):
+        return load_run(cfg, ranks, resume)
+
+
+def load_run(cfg: Config, ranks: Ranks, resume: bool) -> tuple[Run, int]:
+    out, checkpoint, log = Path(cfg.out), None, None
+    if cfg.shard and ranks.world == 1:
+        raise ValueError("--shard: one rank has nothing to share; start with torchrun")
+    if resume:
+        log = EventLog(cfg.out, ranks.rank)  # first of all: is nobody else writing it?
+        latest = out / "checkpoints" / "latest"
+        checkpoint = latest.resolve() if latest.exists() else None
+        if checkpoint and (checkpoint / "sharded").exists() != cfg.shard:
+            raise ValueError(f"--{'no-' * cfg.shard}shard: so was {checkpoint} written; resume so")
+    train_set, val_set = load_problems(cfg, "train"), load_problems(cfg, "val", cfg.eval_n)
+    test_set = load_problems(cfg, "test", cfg.eval_n) if cfg.test else []
+    policy, tokenizer = load_policy(cfg, str(checkpoint or cfg.model), ranks.device)
+    cfg = measured(cfg, policy, train_set + val_set + test_set, tokenizer)
+    bf16 = use_bf16(cfg.precision, ranks.device)
+    if cfg.shard:  # before the reference is loaded: never two whole networks at a time
+        shard(policy, bf16, ranks)
+    reference = make_reference(cfg, policy, checkpoint, bf16, ranks)
+    optimizer = make_optimizer(policy, cfg)
+    start = restore(cfg, policy, optimizer, checkpoint, ranks) if checkpoint else 0
+    accelerate(policy, bf16, cfg.compile)
+    log = log or EventLog(cfg.out, ranks.rank)
+    if ranks.rank == 0:
+        describe(cfg, out)
+    log.begin(cfg, ranks, tokenizer, policy.config.eos_id, resume=start if resume else None)
+    introduce(cfg, policy, ranks, start)
+    run = Run(
+        cfg, policy, tokenizer, ranks, test_set, train_set, val_set, reference, optimizer, log,
+        StopSignal(),
+    )  # fmt: skip
+    return run, start
+
+
+def open_evaluation(cfg: Config, ranks: Ranks) -> Run:
+    """What an evaluation on the test split needs: no optimizer, no reference, no log."""
+    problems = load_problems(cfg, "test", cfg.eval_n)
+    policy, tokenizer = load_policy(cfg, cfg.model, ranks.device)
+    cfg = measured(cfg, policy, problems, tokenizer)
+    accelerate(policy, use_bf16(cfg.precision, ranks.device), cfg.compile)
+    return Run(cfg, policy, tokenizer, ranks, problems)
+
+
+def load_problems(cfg: Config, split: str, most: int = 0) -> list[data.Problem]:
+    task = data.TASKS[cfg.task]
+    if task.runs_code:
+        data.sandbox(cfg.unsafe_code)  # says now, before a model is loaded, what this machine lacks
+    problems = task.load(split, cfg.data_dir or None, cfg.train_set or None, cfg.data or None)
+    return problems[: most or None]
+
+
+def load_policy(cfg: Config, path: str, device: torch.device) -> tuple[model.Transformer, object]:
+    """The network with its adapters, and its tokenizer.
+
+    A frozen base may be bf16. Weights that are trained stay float32 and are read as bf16 by
+    autocast: added to a bf16 weight, an update of 1e-6 of it would be rounded away.
+    """
+    adapted = model.adapter_rank(path)
+    if cfg.shard and adapted:
+        raise ValueError(f"--shard: {path} is an adapter, and adapters are not sharded")
+    frozen = adapted or cfg.lora_r > 0
+    dtype = torch.bfloat16 if frozen and use_bf16(cfg.precision, device) else torch.float32
+    net = model.load(path, "cpu" if cfg.shard else device, dtype, cfg.quantize)
+    if frozen and not adapted:
+        torch.manual_seed(cfg.seed)  # the adapters start alike on all ranks
+        model.add_lora(net, cfg.lora_r, cfg.lora_alpha)
+    net.checkpointing = cfg.checkpointing
+    tokenizer = model.load_tokenizer(path)
+    net.never_V = net.never_V.to(device)  # with --shard the weights follow a block at a time
+    net.never_V[len(tokenizer) :] = True
+    return net, tokenizer
+
+
+def measured(cfg: Config, policy, problems: list[data.Problem], tokenizer) -> Config:
+    """The settings with what only model and data can tell: the rank of an adapter that was loaded,
+    and P, if it is 0, by the longest prompt. ValueError where a prompt would have to be cut."""
+    sizes = list(map(len, model.chat_ids([problem.prompt for problem in problems], tokenizer)))
+    longer = sum(size > cfg.P for size in sizes)
+    if cfg.P and longer:
+        raise ValueError(
+            f"--P {cfg.P}: {longer} of {len(sizes)} prompts are longer (the longest has "
+            f"{max(sizes)} tokens), and prompts are never cut; raise --P, or 0 for the longest"
+        )
+    rank = next((lora.r for lora in model.adapters(policy).values()), 0)
+    return replace(cfg, P=cfg.P or max(sizes), lora_r=rank)
+
+
+def make_reference(
+    cfg: Config, policy: model.Transformer, checkpoint: Path | None, bf16: bool, ranks: Ranks
+) -> Callable:
+    """What the KL is measured to, as a function that returns a context manager: the network with
+    its adapters switched off, or a frozen copy of the one that the run started from."""
+    if cfg.lora_r > 0:
+        return functools.partial(model.as_reference, policy)
+    if checkpoint or cfg.shard:
+        frozen, _ = load_policy(cfg, cfg.model, ranks.device)
+    else:
+        frozen = copy.deepcopy(policy)
+    freeze(frozen, bf16)
+    if cfg.shard:
+        shard(frozen, bf16, ranks)
+    return functools.partial(contextlib.nullcontext, accelerate(frozen, bf16, cfg.compile))
+
+
+def introduce(cfg: Config, policy: model.Transformer, ranks: Ranks, start: int) -> None:
+    total, trained = model.count(policy)
+    precision = "bf16" if policy.bf16 else "float32"
+    speed = "compiled" if cfg.compile and can_compile() else "eager"
+    count = f"{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
+    say(f"{cfg.task} with {cfg.model}: {count}")
+    say(f"{ranks.world} x {ranks.device.type}, {precision}, {speed}; {cfg.method}, lam {cfg.lam}")
+    say(
+        f"a step: {cfg.B * ranks.world} prompts x {cfg.G} samples, P {cfg.P}, C {cfg.C} in {cfg.T} "
+        f"denoising steps, {cfg.K} of them learn"
+    )
+    if total < 1e8 and cfg.task in ("gsm8k", "math", "humaneval", "mbpp"):
+        say(f"so small a model scores about zero on {cfg.task}: this run only shows that it works")
+    if start:
+        say(f"resuming after {start} of {cfg.steps} steps")
+    say(f"watch it: python tui.py {cfg.out}")
+
+
+def describe(cfg: Config, out: Path) -> None:
+    """What a reader needs to repeat the run: settings, source and versions."""
+    temporary = out / ".config.json"
+    temporary.write_text(json.dumps(asdict(cfg), indent=2) + "\n")
+    sync(temporary)
+    os.replace(temporary, out / "config.json")  # the old one or the new one, whenever we are killed
+    (out / "source").mkdir(exist_ok=True)
+    for file in Path(__file__).resolve().parent.glob("*.py"):
+        shutil.copy(file, out / "source")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    names = ("torch", "transformers", "tokenizers", "safetensors", "tyro", "bitsandbytes")
+    versions = [f"{name} {version(name)}" for name in names]
+    lines = [f"python {platform.python_version()}", *versions, f"gpu {gpu}", f"git {git_commit()}"]
+    lines.append(f"torchrun {os.environ.get('TORCHELASTIC_RUN_ID', 'none')}")  # config.restarted
+    (out / "source" / "env.txt").write_text("\n".join(lines) + "\n")
+
+
+def version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+def save_checkpoint(run: Run, step: int) -> None:
+    """checkpoints/step-N, complete on disk before it gets its name; then `latest` points at it."""
+    cfg, first = run.cfg, run.ranks.rank == 0
+    if not first and not cfg.shard:
+        return
+    from safetensors import SafetensorError
+
+    folder = Path(cfg.out) / "checkpoints"
+    temporary, final = folder / ".writing", folder / f"step-{step}"
+    try:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        weights = save_shards(run, temporary / "sharded") if cfg.shard else None
+        if not first:
+            return
+        model.save(run.policy, temporary, weights)
+        run.tokenizer.save_pretrained(temporary)
+        text = json.dumps(carry_on(cfg), indent=2)
+        (temporary / "defaults.json").write_text(text + "\n")
+        state = {} if cfg.shard else {"optimizer": run.optimizer.state_dict()}
+        torch.save({"step": step, **state}, temporary / "trainer.pt")
+        for file in (*temporary.iterdir(), temporary):
+            sync(file)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        link(folder / "latest", final.name)
+        prune(folder, cfg.keep)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise Halt(f"cannot write the checkpoint {final}: {error}") from None
+    run.log.write("ckpt", it=step, path=str(final), durable=True)
+
+
+def restore(
+    cfg: Config, policy: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path, ranks: Ranks
+) -> int:
+    """The optimizer as it was, and the steps that were done."""
+    state = torch.load(checkpoint / "trainer.pt", map_location=ranks.device, weights_only=True)
+    if state["step"] > cfg.steps:
+        raise ValueError(f"--steps {cfg.steps}: the run in {cfg.out} has done {state['step']}")
+    if cfg.shard:
+        load_shards(policy, optimizer, checkpoint / "sharded")
+    else:
+        optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def save_shards(run: Run, folder: Path) -> dict[str, Tensor]:
+    """The optimizer's shards into `folder`; returns the whole weights, on the first rank alone.
+
+    OSError on all ranks if one of them could not write.
+    """
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    run.ranks.wait()  # for the first rank to make room
+    run.policy.reshard()  # after a forward pass the root's weights are still gathered
+    try:
+        state = get_optimizer_state_dict(run.policy, run.optimizer)
+        checkpoint.save(state, checkpoint_id=folder)
+    except checkpoint.CheckpointException as error:  # of every rank; itself no Exception
+        raise OSError(next(iter(error.failures.values()))[0]) from None
+    whole = ((name, p.detach().full_tensor()) for name, p in run.policy.named_parameters())
+    return {name: weight.cpu() for name, weight in whole if run.ranks.rank == 0}
+
+
+def load_shards(policy: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """The optimizer's state, for whatever number of ranks."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict
+
+    state = state_dict.get_optimizer_state_dict(policy, optimizer)  # zeros, to be filled
+    checkpoint.load(state, checkpoint_id=folder)
+    state_dict.set_optimizer_state_dict(policy, optimizer, state)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one."""
+    saved = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    best = (folder / "best").resolve().name
+    for old in saved[:-keep]:
+        if old.name != best:
+            shutil.rmtree(old)
+
+
+def note_validation(run: Run, step: int, m: dict[str, float]) -> None:
+    """Write the score into the step's checkpoint, if it has one; `best` follows the accuracy."""
+    folder = Path(run.cfg.out) / "checkpoints"
+    if run.ranks.rank > 0 or not (folder / f"step-{step}").exists():
+        return
+    best = folder / "best" / "validation.json"
+    record = json.loads(best.read_text())["accuracy"] if best.exists() else -1
+    told = {"step": step, "split": "val", **m}
+    (folder / f"step-{step}" / "validation.json").write_text(json.dumps(compact(told)) + "\n")
+    if m["accuracy"] > record:
+        link(folder / "best", f"step-{step}")
+
+
+def sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def link(name: Path, target: str) -> None:
+    """Point a symbolic link somewhere else in one step: a reader sees the old or the new one."""
+    temporary = name.with_name(f".{name.name}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, name)
+    sync(name.parent)
+
+
+# ---- what stands apart from training -------------------------------------------------------------
+
+EVALUATED = "length  steps  accuracy  [95 % interval]  reward  tokens  tokens/s  forwards  seconds"
+
+
+def introduce_evaluation(run: Run, samples: int) -> None:
+    cfg, validation = run.cfg, Path(run.cfg.model) / "validation.json"
+    if validation.exists():
+        m = json.loads(validation.read_text())
+        say(f"{cfg.model}: validation accuracy {m['accuracy']} after {m['step']} steps")
+    how = f"{samples} samples each" if samples else "greedy"
+    say(f"{len(run.test_set)} test problems of {cfg.task}, {how}")
+    say(EVALUATED)
+
+
+def say_evaluation(cfg: Config, m: dict[str, float]) -> None:
+    """A line of the table of an evaluation."""
+    say(
+        f"{cfg.C:>6}  {cfg.T:>5}  {m['accuracy']:>8.3f}  [{m['lo']:.3f}, {m['hi']:.3f}]  "
+        f"{m['reward']:>7.3f}  {m['tokens']:>6.1f}  {m['tok_s']:>8.0f}  {m['forwards']:>8.1f}  "
+        f"{m['seconds']:>7.1f}"
+    )
+    for name in (name for name in m if name.startswith("pass@")):
+        say(f"        {name} {m[name]:.3f}")
+
+
+def write_evaluation(run: Run, samples: int, results: list[dict]) -> None:
+    if run.ranks.rank == 0:
+        file = Path(run.cfg.out) / f"test-{run.cfg.task}{'-samples' * bool(samples)}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(compact(results), indent=1) + "\n")
+        say(f"written: {file}")
+
+
+def merge(cfg: Config) -> int:
+    """Fold the adapter of --model into full weights, a model folder of its own in --out: float32,
+    or bf16 with --precision bf16. On the CPU, whose memory holds the whole."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return 0
+    if not model.adapter_rank(cfg.model):
+        raise ValueError(f"--merge: {cfg.model} has no adapter")
+    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    policy = model.load(cfg.model, "cpu", dtype)
+    model.merge_lora(policy)
+    model.save(policy, cfg.out)
+    model.load_tokenizer(cfg.model).save_pretrained(cfg.out)
+    say(f"written: {cfg.out}")
+    return 0
+
+
+# ---- what a run will cost ------------------------------------------------------------------------
+
+
+def forward_flops(net: nn.Module, L: int, positions: int) -> float:
+    """Of one row: each weight of a block times each token, attention, and the head where asked."""
+    c, weights = net.config, sum(w.numel() for w in net.blocks.parameters())
+    attention = 4 * c.n_layers * c.d_model * L**2
+    return 2 * weights * L + attention + 2 * positions * c.d_model * c.vocab_size
+
+
+def plan(cfg: Config, bf16: bool, ranks: int = 1) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes at the peak of a rank by part, FLOPs of its step by phase, from shapes alone."""
+    folder = model.find_folder(cfg.model, ["config.json"])
+    net = model.from_config(folder, "meta")
+    wide, d_ff = 2 if bf16 else 4, net.blocks[0].up.out_features
+    if cfg.lora_r:
+        model.add_lora(net, cfg.lora_r, cfg.lora_alpha)
+    c = net.config
+    maps = sum(
+        (linear.base if cfg.lora_r else linear).weight.numel()
+        for block in net.blocks
+        for _, linear in model.linears(block)
+    )
+    parameters, trained = model.count(net)
+    other = parameters - maps - (trained if cfg.lora_r else 0)
+    P, R, S = cfg.P or 256, cfg.C // cfg.T, cfg.B * cfg.G * cfg.K
+    L, S = P + cfg.C, S if cfg.method == "egspo" else cfg.B * cfg.G
+    each = {"none": wide, "nf4": 0.516}[cfg.quantize]  # nf4: 4 bits and its scales
+    saved = cfg.micro * L * (14 * c.d_model + 4 * d_ff) * wide  # what a block keeps for backward
+    stream = cfg.micro * L * c.d_model * wide
+    head = cfg.micro * R * c.vocab_size * 4 * 5  # float32 logits, log-softmax and their gradients
+    memory = {
+        "weights": maps * each + other * wide + trained * 4 if cfg.lora_r else (maps + other) * 4,
+        "reference": 0 if cfg.lora_r else maps * wide + other * 4,
+        "bf16 copies": 0 if cfg.lora_r or not bf16 else maps * 2,
+        "gradients": trained * 4,
+        "optimizer": trained * (8 if cfg.optimizer == "adamw" else 2.1),
+        "activations": c.n_layers * stream + saved if cfg.checkpointing else c.n_layers * saved,
+        "logits": max(head, min(2**24, cfg.B * cfg.G * cfg.block * c.vocab_size) * 40),
+    }
+    if cfg.shard:  # but what is gathered for one block at a time is small
+        for part in ("weights", "reference", "gradients", "optimizer"):
+            memory[part] /= ranks
+        memory["bf16 copies"] /= c.n_layers
+    once = forward_flops(net, L, R)
+    backward = (2 if cfg.lora_r else 3) + cfg.checkpointing  # a frozen weight has no gradient
+    flops = {
+        "rollout": cfg.B * cfg.G * cfg.T * forward_flops(net, L, cfg.block),
+        "logp": S * (once + forward_flops(net, L, R + cfg.C)),
+        "update": cfg.mu * S * backward * once,
+    }
+    return {"parameters": maps + other, "trained": trained, **memory}, flops
+
+
+def dry_run(cfg: Config) -> int:
+    """Say what a run would take, and whether it fits."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    memory, flops = plan(cfg, cfg.precision != "float32", ranks)
+    parameters, trained = memory.pop("parameters"), memory.pop("trained")
+    total = sum(memory.values())
+    say(f"{cfg.model}: {parameters / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained")
+    P = cfg.P or "256 (assumed)"
+    say(
+        f"a step on each rank: {cfg.B} prompts x {cfg.G} samples, P {P}, C {cfg.C}, T {cfg.T}, "
+        f"K {cfg.K}, micro {cfg.micro}"
+    )
+    for part, size in memory.items():
+        say(f"  {part:<12} {size / 1e9:>8.2f} GB")
+    fits = [f"{gb} GB: {'fits' if total < 0.92e9 * gb else 'no'}" for gb in (24, 48, 80, 141)]
+    say(f"  {'peak':<12} {total / 1e9:>8.2f} GB    {'   '.join(fits)}")
+    for phase, count in flops.items():
+        say(f"  {phase:<12} {count / 1e12:>8.1f} TFLOP")
+    return 0
