@@ -9,10 +9,8 @@ which steps were uncertain, which of them got the gradient, and how the text app
 `events.jsonl` and writes nothing; it needs no tokenizer, no torch and no connection to the trainer,
 so it works on a copy, over ssh, or while rsync is still bringing the file.
 
-Three parts, top to bottom:
-  read   Tail (bytes of a growing file) -> Run (what its events add up to), Sample (a trajectory)
-  draw   pure functions: data, width and height in, rows of styled text out; `frame` draws a screen
-  app    keys change a View; one Textual widget shows the frame and repaints the lines that differ
+From top to bottom: read (bytes of a growing file -> History, Sample), draw (data and a size in,
+lines of styled text out), screens (what a View asks for), keys (one table of them), the app.
 
 Denoising time t counts in generation order: 0 is all masks. Entropies are in nats.
 """
@@ -21,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -32,23 +31,23 @@ import signal
 import statistics
 import sys
 import time
-from array import array
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import lru_cache
-from html import escape
 from pathlib import Path
 
 from rich.cells import cell_len, set_cell_size  # the widths Textual goes by
 from rich.segment import Segment
+from rich.style import Style
 
 # ==== read ========================================================================================
 
 SCHEMA = 1  # the newest version of the event log this file knows
-Lines = list[tuple[int, bytes]]  # offset in the file, line
-Place = tuple[int, int]  # offset and length of a line
+Place = tuple[int, int]  # offset and length of a line in the file
+Lines = list[tuple[int, bytes]]  # offset and line
 
 
 class Tail:
@@ -80,7 +79,7 @@ class Tail:
             chunk = file.read(limit)
         end = chunk.rfind(b"\n") + 1
         if not end and len(chunk) == limit:
-            end = limit  # no line is this long: let it be counted as a bad one
+            end = limit  # no event is this long: count it as a bad line
         hole = chunk.find(b"\0", 0, end)
         if hole < 0:
             self.holes = 0
@@ -98,26 +97,25 @@ class Replay(Tail):
 
     def __init__(self, path: Path, speed: float):
         super().__init__(path, patience=0)
-        self.speed, self.waiting, self.began, self.first = speed, deque(), time.time(), 0.0
+        self.speed, self.began, self.waiting, self.first = speed, time.time(), deque(), 0.0
 
     def now(self) -> float:
         return self.first + (time.time() - self.began) * self.speed
 
     def read(self, limit: int = 1 << 20) -> tuple[bool, Lines]:
+        lines = []
         if len(self.waiting) < 1000:
             self.waiting.extend(super().read(limit)[1])
-        if self.waiting and not self.first:
-            self.first = stamp(self.waiting[0][1])
-        lines = []
+        self.first = self.first or stamp(self.waiting[0][1] if self.waiting else b"")
         while self.waiting and stamp(self.waiting[0][1]) <= self.now():
             lines.append(self.waiting.popleft())
         return False, lines
 
 
-UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError)  # a line
+# what parsing a line that is no event of ours may raise
+UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError)
 STAMP = re.compile(rb'"ts":\s*([\d.]+)')
-KIND = re.compile(rb'\{"e":\s*"(denoise|sample|group)"')
-INDEX = re.compile(rb'"it":\s*(\d+),\s*"[sp]":\s*(\d+)')
+FILED = re.compile(rb'\{"e":\s*"(denoise|sample|group)".*?"it":\s*(\d+),\s*"[bsp]":\s*(\d+)')
 
 
 def stamp(line: bytes) -> float:
@@ -131,14 +129,18 @@ def number(value: object) -> float:
     return math.nan if value is None else float(value)
 
 
+def finite(values: Iterable[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
 @dataclass
-class Run:
+class History:
     """What the events of a log add up to. `feed` depends on the lines alone: no clock, no files."""
 
     meta: dict = field(default_factory=dict)
     series: dict[str, dict[int, float]] = field(default_factory=dict)  # metric -> it -> value
-    entropy: dict[int, array] = field(default_factory=dict)  # it -> mean entropy of each step
-    share: dict[int, list[float]] = field(default_factory=dict)  # it -> of the samples, by step
+    entropy: dict[int, list[float]] = field(default_factory=dict)  # it -> mean entropy of each step
+    share: dict[int, list[float]] = field(default_factory=dict)  # it -> of rows that chose a step
     evals: dict[int, dict] = field(default_factory=dict)
     samples: dict[int, dict[int, Place]] = field(default_factory=dict)  # it -> row -> where it is
     groups: dict[int, dict[int, Place]] = field(default_factory=dict)  # it -> prompt -> where
@@ -160,16 +162,15 @@ class Run:
         self.lines += 1
         # What is frequent or long is only filed: `denoise` lines are parsed while their rollout is
         # on the screen, samples and groups when somebody looks at them.
-        kind = KIND.match(line) if line.endswith(b"}") else None
+        filed = FILED.match(line) if line.endswith(b"}") else None
         try:
-            if kind and kind[1] == b"denoise":
-                self.rollout.append(line)
-            elif kind:
-                it, row = map(int, INDEX.search(line).groups())
-                places = self.samples if kind[1] == b"sample" else self.groups
-                places.setdefault(it, {})[row] = offset, len(line)
-            else:
+            if not filed:
                 self.apply(json.loads(line))
+            elif filed[1] == b"denoise":
+                self.rollout.append(line)
+            else:
+                places = self.samples if filed[1] == b"sample" else self.groups
+                places.setdefault(int(filed[2]), {})[int(filed[3])] = offset, len(line)
             self.recent.append(line)
         except UNUSABLE:
             self.bad += 1
@@ -186,30 +187,31 @@ class Run:
             case "phase":
                 self.phase, self.it = str(event["name"]), it
             case "step":
-                metrics = {name: number(value) for name, value in event["m"].items()}
-                entropy = array("f", map(number, event.get("ent") or []))
-                chosen = [int(n) for n in event.get("sel") or []]
-                rows = int(event.get("n") or max(chosen, default=0)) or 1
-                for name, value in metrics.items():
-                    if not math.isfinite(value) and math.isfinite(self.latest(name) or 0.0):
-                        self.alerts.append((it, "error", f"{name} is {value}"))
-                    self.series.setdefault(name, {})[it] = value
-                if entropy:
-                    self.entropy[it], self.share[it] = entropy, [n / rows for n in chosen]
-                self.it, self.done, self.edition = it, it + 1, self.edition + 1
-                self.rollout.clear()
+                self.step(it, event)
             case "eval":
                 values = {name: number(value) for name, value in event["m"].items()}
                 told = {"n": event.get("n"), "split": event.get("split", "")}
                 self.evals[it] = {"accuracy": math.nan} | values | told
                 self.edition += 1
-            case "ckpt":
-                self.ckpt = event
             case "alert":
                 self.alerts.append((it, str(event.get("level", "warn")), str(event["msg"])))
                 self.edition += 1
-            case "end":
-                self.end = event
+            case "ckpt" | "end" as name:
+                setattr(self, name, event)
+
+    def step(self, it: int, event: dict) -> None:
+        metrics = {name: number(value) for name, value in event["m"].items()}
+        entropy = [number(value) for value in event.get("ent") or []]
+        chosen = [int(n) for n in event.get("sel") or []]
+        rows = int(event.get("n") or max(chosen, default=0)) or 1
+        for name, value in metrics.items():
+            if not math.isfinite(value) and math.isfinite(self.latest(name) or 0.0):
+                self.alerts.append((it, "error", f"{name} is {value}"))
+            self.series.setdefault(name, {})[it] = value
+        if entropy:
+            self.entropy[it], self.share[it] = entropy, [n / rows for n in chosen]
+        self.it, self.done, self.edition = it, it + 1, self.edition + 1
+        self.rollout.clear()
 
     def rewind(self, it: int) -> None:
         """The run starts again at `it`: what was logged from there on is void."""
@@ -233,20 +235,9 @@ class Run:
     def latest(self, name: str) -> float | None:
         return next(reversed(self.series.get(name, {}).values()), None)
 
-    def seconds(self) -> dict[str, float]:
-        """How long the phases of the last step took."""
-        names = [name for name in self.series if name.startswith("t/") and name != "t/total"]
-        return {name[2:]: self.latest(name) for name in names}
-
     @property
-    def block_steps(self) -> int:
-        """Denoising steps of a block; 0 if that is not known."""
-        C = self.size("C")
-        return self.size("T") * self.size("block") // C if C else 0
-
-    @property
-    def score(self) -> float | None:
-        """Accuracy of the last evaluation."""
+    def accuracy(self) -> float | None:
+        """That of the last evaluation."""
         return self.evals[max(self.evals)]["accuracy"] if self.evals else None
 
     def live(self) -> Sample | None:
@@ -260,64 +251,46 @@ class Run:
                 if not 0 <= t0 < max(1, T):
                     continue
                 if sample is None or (sample.it, sample.g) != (it, b):  # g holds the batch here
-                    sample = Sample(it=it, s=int(event.get("s", 0)), g=b, live=True, T=T,
-                                    tok=[""] * C, rev=[T] * C, tent=[0] * C)
+                    hidden = {"tok": [""] * C, "rev": [T] * C, "tent": [0.0] * C}
+                    sample = Sample({"it": it, "s": event.get("s"), "g": b, **hidden}, T)
                 sample.prompt = str(event.get("prompt") or sample.prompt)
                 sample.ent += [math.nan] * (t0 - len(sample.ent)) + H
                 for k, (i, token, entropy) in enumerate(revealed):
-                    sample.tok[i], sample.tent[i] = str(token), round(50 * number(entropy))
+                    sample.tok[i], sample.tent[i] = str(token), 50 * number(entropy)
                     sample.rev[i] = t0 + k * len(H) // len(revealed)
         return sample
 
 
-@dataclass
 class Sample:
     """One trajectory. The state at step t is: `tok[i]` where `rev[i] <= t`, masks elsewhere."""
 
-    it: int = 0
-    s: int = 0  # row in the batch
-    p: int = 0  # prompt
-    g: int = 0  # sample of that prompt
-    prompt: str = ""
-    tok: list = field(default_factory=list)
-    rev: list = field(default_factory=list)  # T where never decoded (the row had ended)
-    tent: list = field(default_factory=list)  # entropy of each token, in 1/50 nat
-    ent: list = field(default_factory=list)  # of each step
-    sel: list = field(default_factory=list)  # the K selected steps, and per selected step:
-    srw: list = field(default_factory=list)  # reward of the greedy one-step completion
-    adv: list = field(default_factory=list)  # advantage
-    ratio: list = field(default_factory=list)
-    x0: list = field(default_factory=list)  # that completion, token by token
-    rw: dict = field(default_factory=dict)  # reward by part
-    reward: float | None = None
-    ok: bool | None = None  # correct, where that is known
-    len: int = 0
-    edit: list = field(default_factory=list)  # remasking: [t, i, token or null]
-    T: int = 0
-    live: bool = False
+    def __init__(self, event: dict, live_T: int | None = None):
+        """From a sample event, raising one of UNUSABLE if it is none; or from the rollout in
+        progress, which will have live_T steps."""
+        event = {name: value for name, value in event.items() if value is not None}
 
-    @classmethod
-    def parse(cls, line: bytes) -> Sample:
-        """The trajectory in a sample event; raises one of UNUSABLE for what is none."""
-        event = {name: value for name, value in json.loads(line).items() if value is not None}
-        sample = cls(*(int(event.get(name, 0)) for name in ("it", "s", "p", "g")))
-        sample.prompt = str(event.get("prompt", ""))
-        sample.tok = ["" if token is None else str(token) for token in event["tok"]]
-        for name in ("tent", "ent", "srw", "adv", "ratio"):
-            setattr(sample, name, [number(value) for value in event.get(name, [])])
-        when, n = [int(t) for t in event["rev"]], len(sample.tok)
-        sample.T = len(sample.ent) or max(when, default=0) + 1
-        sample.rev = (when + [sample.T] * n)[:n]
-        sample.tent = (sample.tent + [0.0] * n)[:n]
-        sample.sel = [int(t) for t in event.get("sel", [])]
-        sample.x0 = [[str(token) for token in guess] for guess in event.get("x0", [])]
-        sample.edit = [(int(t), int(i), token) for t, i, token in event.get("edit", [])]
-        sample.rw = {name: number(value) for name, value in event.get("rw", {}).items()}
-        sample.reward = sample.rw.get("reward", sum(sample.rw.values()))
-        right = event.get("ok", sample.rw.get("correct", sample.rw.get("solved")))
-        sample.ok = None if right is None else right >= 1
-        sample.len = int(event.get("len", 0)) or sample.decoded
-        return sample
+        def numbers(name: str) -> list[float]:
+            return [number(value) for value in event.get(name, [])]
+
+        self.it, self.s, self.p, self.g = (
+            int(event.get(name, 0)) for name in ("it", "s", "p", "g")
+        )
+        self.prompt = str(event.get("prompt", ""))
+        self.tok = ["" if token is None else str(token) for token in event["tok"]]
+        when, n = [int(t) for t in event["rev"]], len(self.tok)
+        self.ent, self.live = numbers("ent"), live_T is not None
+        self.T = live_T if self.live else len(self.ent) or max(when, default=0) + 1
+        self.rev = (when + [self.T] * n)[:n]  # T where never decoded: the row had ended
+        self.tent = (numbers("tent") + [0.0] * n)[:n]  # entropy of each token, in 1/50 nat
+        self.sel = [int(t) for t in event.get("sel", [])]  # the selected steps, and for each:
+        self.adv, self.ratio = numbers("adv"), numbers("ratio")
+        self.srw = numbers("srw")  # reward of the greedy one-step completion
+        self.x0 = [[str(token) for token in guess] for guess in event.get("x0", [])]  # and itself
+        self.rw = {name: number(value) for name, value in event.get("rw", {}).items()}  # by part
+        self.reward = self.rw.get("reward", sum(self.rw.values()) if self.rw else None)
+        right = event.get("ok", self.rw.get("correct", self.rw.get("solved")))
+        self.ok = None if right is None else right >= 1
+        self.length = int(event.get("len", 0)) or self.decoded
 
     @property
     def steps(self) -> int:
@@ -333,44 +306,34 @@ class Sample:
         """Whether position i is decoded in some step, this far or later."""
         return self.live or self.rev[i] < self.T
 
-    def at(self, t: int) -> list[str | None]:
-        """The state after step t: a token or None (masked) for each position."""
-        state = [token if rev <= t else None for token, rev in zip(self.tok, self.rev)]
-        for when, i, token in self.edit:
-            if when <= t and 0 <= i < len(state):
-                state[i] = token
-        return state
-
     def guess(self, t: int) -> Sequence[str]:
-        """The one-step completion that was scored at step t, if t was selected."""
+        """The one-step completion whose reward step t got, if t was selected."""
         k = self.sel.index(t) if t in self.sel else len(self.x0)
         return self.x0[k] if k < len(self.x0) else ()
 
 
-def parse_group(line: bytes) -> list[tuple[str, float]]:
+def parse_group(event: dict) -> list[tuple[str, float]]:
     """(completion, reward) of the samples of one prompt."""
-    event = json.loads(line)
     return [(str(text), number(reward)) for text, reward in zip(event["text"], event["rw"])]
 
 
 class Log:
-    """A run on disk: the tail of its file, the state read so far, the trajectories looked at."""
+    """A run on disk: the tail of its file, the history read so far, the trajectories looked at."""
 
-    def __init__(self, path: Path, speed: float = 0.0, patience: int = 20,
-                 clock: Callable[[], float] = time.time):
+    def __init__(self, path: Path, speed: float = 0.0, patience: int = 20, clock=time.time):
         self.path, self.replayed = path, speed > 0
         self.tail = Replay(path, speed) if speed else Tail(path, patience)
         self.clock = self.tail.now if speed else clock
         self.forget()
 
     def forget(self) -> None:
-        self.run, self.event = Run(), lru_cache(64)(self.read)
+        self.history, self.event = History(), lru_cache(64)(self.read)
         self.briefs: dict[Place, tuple[float, int, str]] = {}
         self.pictures: dict[str, tuple[tuple, list]] = {}
 
     @property
     def name(self) -> str:
-        return clean(str(self.run.meta.get("run") or self.path.parent.name))
+        return clean(str(self.history.meta.get("run") or self.path.parent.name))
 
     def poll(self, seconds: float = 0.04) -> bool:
         """Read what is new, for about so long; True if there may be more."""
@@ -380,7 +343,7 @@ class Log:
             if again:
                 self.forget()
             for offset, line in lines:
-                self.run.feed(line, offset)
+                self.history.feed(line, offset)
             if not lines or time.monotonic() > until:
                 return bool(lines)
 
@@ -390,42 +353,42 @@ class Log:
             self.pictures[name] = key, make()
         return self.pictures[name][1]
 
-    def read(self, place: Place | None, parse: Callable[[bytes], object]) -> object:
+    def read(self, place: Place | None, parse: Callable[[dict], object]) -> object:
         """What `parse` makes of a line of the file; None if there is no such event."""
         with contextlib.suppress(OSError, *UNUSABLE), open(self.path, "rb") as file:
             file.seek(place[0])
-            return parse(file.read(place[1]))
+            return parse(json.loads(file.read(place[1])))
 
     def sample(self, it: int, s: int) -> Sample | None:
         """The trajectory of row s of an iteration."""
-        return self.event(self.run.samples.get(it, {}).get(s), Sample.parse)
+        return self.event(self.history.samples.get(it, {}).get(s), Sample)
 
     def group(self, sample: Sample) -> list[Sample]:
-        """All that is known of the samples that share a sample's prompt; of some only the text."""
-        rows = [self.sample(sample.it, s) for s in sorted(self.run.samples[sample.it])]
-        known = {row.g: row for row in rows if row and row.p == sample.p}
-        place = self.run.groups.get(sample.it, {}).get(sample.p)
-        for g, (text, reward) in enumerate(self.event(place, parse_group) or ()):
-            known.setdefault(g, Sample(sample.it, sample.s - sample.g + g, sample.p, g, tok=[text],
-                                       rev=[0], tent=[0.0], T=1, reward=reward))
-        return [known[g] for g in sorted(known)]
+        """The samples that share a sample's prompt: of the others only the text is known."""
+        it, p, group = sample.it, sample.p, {sample.g: sample}
+        texts = self.event(self.history.groups.get(it, {}).get(p), parse_group)
+        for g, (text, reward) in enumerate(texts or ()):
+            event = {"it": it, "p": p, "g": g, "s": sample.s - sample.g + g, "tok": [text]}
+            group.setdefault(g, Sample(event | {"rev": [0], "rw": {"reward": reward}}))
+        return [group[g] for g in sorted(group)]
 
     def brief(self, it: int, s: int) -> tuple[float, int, str]:
         """(reward, length, text) of a sample, to sort and filter them all."""
-        place = self.run.samples[it][s]
+        place = self.history.samples[it][s]
         if place not in self.briefs:
-            sample = self.sample(it, s) or Sample(reward=math.nan)
-            self.briefs[place] = sample.reward, sample.len, "".join(sample.tok)
+            sample = self.sample(it, s)
+            brief = (sample.reward, sample.length, "".join(sample.tok)) if sample else None
+            self.briefs[place] = brief or (math.nan, 0, "")
         return self.briefs[place]
 
     def status(self) -> tuple[str, float]:
         """(one of STATUS; seconds since the last event)."""
-        run, meta = self.run, self.run.meta
-        if not run.recent:
+        history, meta = self.history, self.history.meta
+        if not history.recent:
             return "waiting", 0.0
-        age = max(0.0, self.clock() - stamp(run.recent[-1]))
-        if run.end:
-            return str(run.end.get("status", "finished")), age
+        age = max(0.0, self.clock() - stamp(history.recent[-1]))
+        if history.end:
+            return str(history.end.get("status", "finished")), age
         if not self.replayed and [meta.get("host"), meta.get("boot")] == this_machine():
             try:
                 os.kill(int(meta.get("pid")), 0)
@@ -433,7 +396,7 @@ class Log:
                 return "crashed", age
             except (PermissionError, *UNUSABLE):
                 pass  # it runs, or there is no telling
-        seconds = list(run.series.get("t/total", {}).values())[-50:]
+        seconds = list(history.series.get("t/total", {}).values())[-50:]
         usual = statistics.median(seconds) if seconds else 0.0
         return ("dead" if age > 600 else "quiet" if age > max(60, 4 * usual) else "live"), age
 
@@ -445,105 +408,91 @@ def this_machine() -> list[str]:
 
 
 # ==== draw ========================================================================================
-# A row is a list of (text, style); a style is "[bold] [italic] #rrggbb [on #rrggbb]" or "". What
-# draws takes the width and height it has, in cells, and the rows it returns fill them.
+# A line is a list of (text, style), a style some words: bold, italic, on, and colours by name (see
+# `colour`). What draws takes the width and height it has, in cells, and the lines it returns fill
+# them. Themes and terminals that have only ASCII are the business of `paint` and `frame` alone.
 
-Row = list[tuple[str, str]]
-Draw = Callable[[int, int], list[Row]]
+Line = list[tuple[str, str]]
+Draw = Callable[[int, int], list[Line]]
+Numbers = Sequence[float]
 
-PALETTES = {
-    "viridis": "440154 482475 414487 355f8d 2a788e 21918c 22a884 44bf70 7ad151 bddf26 fde725",
-    "cividis": "00224e 123570 3b496c 575d6d 707173 8a8678 a59c74 c3b369 e1cc55 fee838",
-    "magma": "2c115f 51127c 721f81 932b80 b73779 d8456c f1605d fc8961 feb078 fed799 fcfdbf",
-    "grey": "45484e f4f4f4",
-}
-DARK = dict(bg="#0f1116", fg="#d8dbe0", dim="#7c828d", line="#323742", bar="#181c25",
-            sky="#56b4e9", orange="#f0a030", teal="#2fb5a0", mark="#fde725", mask="#59606d",
-            veil="#1b1f28")
-LIGHT = dict(bg="#fbfbf8", fg="#22262c", dim="#686e78", line="#c6cad0", bar="#eceef0",
-             sky="#0b6fb0", orange="#a85800", teal="#007a68", mark="#6a1b80", mask="#8d939d",
-             veil="#edeff1")
-NAMES = ("bars tl h tr v bl br sel maybe eval bad dot mask yes no edge done todo here full new sep "
-         "nl eos")
-UNICODE = "▁▂▃▄▅▆▇█ ╭ ─ ╮ │ ╰ ╯ ▲ △ ◆ × · ░ ✓ ✗ ┤ ━ ─ ▸ █ ◆ · ↵ ◦"
-ASCII = "..::||## + - + | + + ^ ~ o x . : + - | = - > # @ | \\ $"
-GLYPHS = {kind: dict(zip(NAMES.split(), glyphs.split())) for kind, glyphs in
-          (("braille", UNICODE), ("block", UNICODE), ("ascii", ASCII))}
-STATUS = {"live": ("●", "*", "teal"), "finished": ("■", "#", "teal"), "stopped": ("▪", "#", "sky"),
-          "quiet": ("◌", "o", "orange"), "dead": ("✖", "x", "orange"),
-          "crashed": ("✖", "x", "orange"), "waiting": ("○", "o", "dim")}
+# fmt: off
+DARK = dict(
+    bg="#0f1116", fg="#d8dbe0", dim="#7c828d", line="#323742", bar="#181c25", sky="#56b4e9",
+    orange="#f0a030", teal="#2fb5a0", mark="#fde725", mask="#59606d", veil="#1b1f28")
+LIGHT = dict(
+    bg="#fbfbf8", fg="#22262c", dim="#686e78", line="#c6cad0", bar="#eceef0", sky="#0b6fb0",
+    orange="#a85800", teal="#007a68", mark="#6a1b80", mask="#8d939d", veil="#edeff1")
+VIRIDIS = ("#440154", "#482475", "#414487", "#355f8d", "#2a788e", "#21918c", "#22a884", "#44bf70",
+           "#7ad151", "#bddf26", "#fde725")
+CURVES = ("sky", "orange", "teal", "dim", "fg", "mark")
+STATUS = {"live": ("●", "teal"), "finished": ("■", "teal"), "stopped": ("▪", "sky"),
+          "quiet": ("◌", "orange"), "dead": ("✖", "orange"), "crashed": ("✖", "orange"),
+          "waiting": ("○", "dim")}
+# fmt: on
 GOING = ("live", "quiet")
+BARS = "▁▂▃▄▅▆▇█"
+ASCII = {code: "*" for code in range(0x2801, 0x2900)} | str.maketrans(  # braille, and:
+    BARS + "╭─╮│╰╯┤━▲△◆×·░✓✗▸↵◦▀●■▪◌✖○", "..::||##+-+|++|=^~ox.:+->\\$#*##oxo"
+)
 
 
-@lru_cache(4096)
 def mix(low: str, high: str, x: float) -> str:
     """The colour a share x of the way from one to the other."""
     pairs = [(int(low[i : i + 2], 16), int(high[i : i + 2], 16)) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(a + (b - a) * x):02x}" for a, b in pairs)
 
 
-@lru_cache(1024)
-def heat(palette: str, level: int) -> str:
-    """Level 0 to 64 of a palette."""
-    colours = ["#" + colour for colour in PALETTES[palette].split()]
-    low = min(level * (len(colours) - 1) // 64, len(colours) - 2)
-    return mix(colours[low], colours[low + 1], level / 64 * (len(colours) - 1) - low)
+def colour(word: str, light: bool) -> str:
+    """The colour a style names: one of DARK or LIGHT; sky@30, 30 % of it on the background;
+    heat@30, a place in viridis. In both themes more heat is further from the background."""
+    theme = LIGHT if light else DARK
+    name, _, percent = word.partition("@")
+    x = int(percent or 100) / 100
+    if name != "heat":
+        return mix(theme["bg"], theme[name], x)
+    place = (1 - x if light else x) * (len(VIRIDIS) - 1)
+    low = min(int(place), len(VIRIDIS) - 2)
+    return mix(VIRIDIS[low], VIRIDIS[low + 1], place - low)
 
 
-@dataclass(frozen=True)
-class Look:
-    """Colours and characters: look.sky (the names of DARK) and look("sel") (those of NAMES)."""
-
-    palette: str = "viridis"
-    glyphs: str = "braille"
-    light: bool = False
-
-    def __getattr__(self, name: str) -> str:
-        colours = LIGHT if self.light else DARK
-        if name not in colours:
-            raise AttributeError(name)
-        return colours[name]
-
-    def __call__(self, name: str) -> str:
-        return GLYPHS[self.glyphs][name]
-
-    def heat(self, x: float, floor: float = 0.0) -> str:
-        """The colour of 0 to 1. In both themes more is further from the background."""
-        x = min(1.0, max(0.0, floor + (1 - floor) * x)) if math.isfinite(x) else 0.0
-        return heat(self.palette, round((1 - x if self.light else x) * 64))
-
-    def ink(self, x: float) -> str:
-        """The same for text: only the part of the palette that can be read."""
-        return self.heat(x, floor=0.55 if self.light else 0.45)
-
-    @property
-    def lines(self) -> tuple[str, ...]:
-        return self.sky, self.orange, self.teal, self.dim, self.fg, self.mark
+@lru_cache(4096)
+def paint(style: str, light: bool) -> Style:
+    """A style in the colours of a theme, complete with foreground and background."""
+    words = [w if w in ("bold", "italic", "on") else colour(w, light) for w in style.split()]
+    base = Style(color=colour("fg", light), bgcolor=colour("bg", light))
+    return base + Style.parse(" ".join(words))
 
 
-# ---- rows and numbers ----------------------------------------------------------------------------
+def heat(x: float, floor: float = 0.0) -> str:
+    """The colour of 0 to 1; for text, a floor leaves out the part of viridis that can't be read."""
+    x = min(1.0, max(0.0, floor + (1 - floor) * x)) if math.isfinite(x) else 0.0
+    return f"heat@{round(100 * x)}"
 
 
-def cells(row: Row) -> int:
-    return sum(len(text) if text.isascii() else cell_len(text) for text, _ in row)
+# ---- lines and numbers ---------------------------------------------------------------------------
 
 
-def fit(row: Row, width: int) -> Row:
-    """Exactly `width` cells, cut (never through a wide character) or padded; like styles joined."""
-    runs = [Segment("".join(text for text, _ in run), style)
-            for style, run in itertools.groupby(row, key=lambda part: part[1])]
-    return [part[:2] for part in Segment.adjust_line_length(runs, width, "")]
+def cells(line: Line) -> int:
+    return sum(len(text) if text.isascii() else cell_len(text) for text, _ in line)
 
 
-def block(rows: Iterable[Row], width: int, height: int) -> list[Row]:
-    """Exactly `height` rows of exactly `width` cells."""
-    rows = list(rows)[: max(0, height)]
-    return [fit(row, width) for row in rows + [[]] * (height - len(rows))]
+def fit(line: Line, w: int) -> Line:
+    """Exactly `w` cells, cut (never through a wide character) or padded; like styles joined."""
+    runs = itertools.groupby(line, key=lambda part: part[1])
+    segments = [Segment("".join(text for text, _ in run), style) for style, run in runs]
+    return [part[:2] for part in Segment.adjust_line_length(segments, w, "")]
 
 
-def centred(rows: list[Row], focus: int, width: int, height: int) -> list[Row]:
-    """The same of more rows than fit, with row `focus` in sight."""
-    return block(rows[max(0, min(focus - height // 2, len(rows) - height)) :], width, height)
+def fill(lines: Iterable[Line], w: int, h: int) -> list[Line]:
+    """Exactly `h` lines of exactly `w` cells."""
+    lines = list(lines)[: max(0, h)]
+    return [fit(line, w) for line in lines + [[]] * (h - len(lines))]
+
+
+def centred(lines: list[Line], focus: int, w: int, h: int) -> list[Line]:
+    """The same of more lines than fit, with line `focus` in sight."""
+    return fill(lines[max(0, min(focus - h // 2, len(lines) - h)) :], w, h)
 
 
 def divide(total: int, *weights: int) -> list[int]:
@@ -552,83 +501,72 @@ def divide(total: int, *weights: int) -> list[int]:
     return [end - start for start, end in zip([0, *ends], ends)]
 
 
-def beside(height: int, widths: Iterable[int], *draws: Draw) -> list[Row]:
-    blocks = [block(draw(w, height), w, height) for w, draw in zip(widths, draws)]
-    return [sum(rows, []) for rows in zip(*blocks)]
+def beside(h: int, widths: Iterable[int], *draws: Draw) -> list[Line]:
+    blocks = [fill(draw(w, h), w, h) for w, draw in zip(widths, draws)]
+    return [sum(lines, []) for lines in zip(*blocks)]
 
 
-def labelled(labels: Iterable[tuple[int, str]], width: int) -> str:
-    """Labels at their columns, the first ones first; one that would touch another is left out."""
-    line = [" "] * width
+def grid(draws: Sequence[Draw], across: int, down: int, w: int, h: int) -> list[Line]:
+    """As many columns and rows of equal size, filled row by row."""
+    lines, widths = [], divide(w, *[1] * across)
+    for r, height in enumerate(divide(h, *[1] * down)):
+        lines += fill(beside(height, widths, *draws[r * across : (r + 1) * across]), w, height)
+    return lines
+
+
+def labelled(labels: Iterable[tuple[int, object]], w: int) -> Line:
+    """Labels centred at columns, the first ones first; one that would touch another is left out."""
+    line = " " * w
     for x, label in labels:
-        x = max(0, min(x, width - len(label)))
-        if not "".join(line[max(0, x - 1) : x + len(label) + 1]).strip():
-            line[x : x + len(label)] = label
-    return "".join(line)[:width]
+        x = max(0, min(x - (len(str(label)) - 1) // 2, w - len(str(label))))
+        if not line[max(0, x - 1) : x + len(str(label)) + 1].strip():
+            line = (line[:x] + str(label) + line[x + len(str(label)) :])[:w]
+    return [(line, "dim")]
 
 
-def say(text: str, look: Look) -> Draw:
-    return lambda width, height: [[(text, look.dim)]]
+def message(text: str) -> Draw:
+    return lambda w, h: fill([[(text, "dim")]], w, h)
 
 
-def panel(title: str, draw: Draw, look: Look, right: str = "", foot: str = "",
-          hot: bool = False) -> Draw:
+def panel(title: str, draw: Draw, right: str = "", hot: bool = False) -> Draw:
     """A box around what draws; no box where there is no room for it."""
-    line, name = (look.sky, f"bold {look.fg}") if hot else (look.line, look.dim)
+    rail, name = ("sky", "bold fg") if hot else ("line", "dim")
 
-    def border(width: int, start: str, title: str, note: str, stop: str) -> Row:
-        title = f" {set_cell_size(title, min(cell_len(title), width - 6))} " if title else ""
-        note = f" {note} " if note and cell_len(title) + cell_len(note) < width - 8 else ""
-        fill = look("h") * (width - 4 - cell_len(title) - cell_len(note))
-        return [(look(start) + look("h"), line), (title, name), (fill, line), (note, look.dim),
-                (look("h") + look(stop), line)]
-
-    def boxed(width: int, height: int) -> list[Row]:
-        if width < 24 or height < 4:
-            return block(draw(width, height), width, height)
-        rows, side = block(draw(width - 4, height - 2), width - 4, height - 2), look("v")
-        return [border(width, "tl", title, right, "tr"),
-                *[[(side + " ", line), *row, (" " + side, line)] for row in rows],
-                border(width, "bl", "", foot, "br")]
+    def boxed(w: int, h: int) -> list[Line]:
+        if w < 24 or h < 4:
+            return fill(draw(w, h), w, h)
+        head = f" {set_cell_size(title, min(cell_len(title), w - 6))} "
+        note = f" {right} " if right and cell_len(head) + cell_len(right) < w - 10 else ""
+        rest = "─" * (w - 4 - cell_len(head) - cell_len(note))
+        top = [("╭─", rail), (head, name), (rest, rail), (note, "dim"), ("─╮", rail)]
+        inside = fill(draw(w - 4, h - 2), w - 4, h - 2)
+        sides = [[("│ ", rail), *line, (" │", rail)] for line in inside]
+        return [top, *sides, [(f"╰{'─' * (w - 2)}╯", rail)]]
 
     return boxed
 
 
 def num(value: float | None) -> str:
-    """At most three digits that matter, in at most seven cells."""
+    """Three digits that matter, in at most seven cells."""
     if value is None:
         return "-"
-    size = abs(value)
-    if not math.isfinite(value) or not size:
-        return f"{value:g}"
-    if not 1e-3 <= size < 1e5:
-        text = f"{value:.1e}" if value > 0 else f"{value:.0e}"
-        return re.sub(r"e([+-])0?", r"e\1", text).replace("+", "")
-    digits = 0 if size >= 100 else 1 if size >= 10 else 2
-    return f"{value:.{digits}f}" if size >= 0.1 else f"{value:.2g}"
+    text = f"{value:.0f}" if 100 <= abs(value) < 1e5 else f"{value:#.3g}".rstrip(".")
+    return text if len(text) <= 7 else f"{value:.0e}".replace("e-0", "e-").replace("e+", "e")
 
 
 def span(seconds: float) -> str:
-    m, s = divmod(int(seconds), 60)
-    h, m = divmod(m, 60)
-    if h:
-        return f"{h // 24} days" if h > 48 else f"{h}h{m:02}m"
-    return f"{m}m{s:02}s" if m else f"{s}s"
+    return str(timedelta(seconds=int(seconds)))
 
 
-def clean(text: str, look: Look | None = None) -> str:
-    """Text in which every character has a known width; newlines stay. With a look it is a token,
-    and a special one (<|endoftext|>) becomes one character."""
-    if look and re.fullmatch(r"<\|[^|]*\|>", text):
-        return look("eos")
+def clean(text: str) -> str:
+    """Text in which every character has a known width; newlines stay. A special token
+    (<|endoftext|>) becomes one character."""
+    if re.fullmatch(r"<\|[^|]*\|>", text):
+        return "◦"
     if text.isascii() and text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c == "\n" else " " if c.isspace() else ""
-                   for c in text.replace("\t", "    "))
-
-
-def finite(values: Iterable[float]) -> list[float]:
-    return [value for value in values if math.isfinite(value)]
+    text = re.sub(r"[^\S\n]", " ", text.replace("\t", "    "))
+    return "".join(c for c in text if c.isprintable() or c == "\n")
 
 
 def nice(low: float, high: float, ticks: int) -> tuple[float, float, float]:
@@ -642,194 +580,7 @@ def nice(low: float, high: float, ticks: int) -> tuple[float, float, float]:
     return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step, step
 
 
-# ---- pictures ------------------------------------------------------------------------------------
-
-
-def slots(n: int, width: int) -> tuple[int, list[range]]:
-    """How n steps share `width` cells: cells a column, and the steps each column stands for."""
-    if n <= width:
-        return min(max(1, width // max(1, n)), 9), [range(i, i + 1) for i in range(n)]
-    return 1, [range(c * n // width, (c + 1) * n // width) for c in range(max(1, width))]
-
-
-BARS_LEFT = 7  # cells for the axis of `strip`
-
-
-def step_axis(columns: list[range], left: int, pitch: int, every: int, width: int, look: Look,
-              cursor: int | None = None) -> Row:
-    """The denoising steps under their columns; the cursor's for sure, then the ends."""
-    every = 1 if pitch >= 3 else every or max(1, columns[-1][-1] // 8)
-    marks = [(c, i) for c, steps in enumerate(columns) for i in steps if i % every == 0]
-    marks.insert(1, (len(columns) - 1, columns[-1][-1]))
-    marks = [(c, cursor) for c, steps in enumerate(columns) if cursor in steps] + marks
-    labels = [(left + c * pitch + max(0, pitch - 1 - len(str(i))) // 2, str(i)) for c, i in marks]
-    return [(labelled(labels, width), look.dim)]
-
-
-def strip(entropy: Sequence[float], T: int, width: int, height: int, look: Look, *, K: int = 0,
-          sel: Sequence[int] = (), share: Sequence[float] = (), maybe: bool = False,
-          t: int | None = None, every: int = 0) -> list[Row]:
-    """Entropy of each denoising step as bars, triangles under the selected ones, a cursor at t.
-
-    sel: the selected steps of one sample; share: for a batch, the share that selected each step;
-    maybe: the selection may still change; every: steps between labels.
-    """
-    left = BARS_LEFT if width > 30 else 0
-    bars, high = max(1, height - 2), nice(0, max(finite(entropy), default=1), 4)[1]
-    pitch, columns = slots(max(1, T), width - left)
-    wide = pitch - (pitch > 2)  # a gap between bars that are wide enough
-    scale = {0: num(high)[-5:], bars - 1: "0"} if bars > 1 else {0: num(high)[-5:]}
-    rows: list[Row] = [[(f"{scale.get(r, ''):>{left - 2}}  ", look.dim)] if left else []
-                       for r in range(bars)]
-    marks: Row = [(f"{f'K={K}' if K else '':<{left}}", look.mark)] if left else []
-    for steps in columns:
-        value = max(finite(entropy[i] for i in steps if i < len(entropy)), default=None)
-        size = 0 if value is None else max(1, round(value / high * bars * 8))
-        colour = look.heat((value or 0) / high, 0.12) + (f" on {look.line}" if t in steps else "")
-        for r, row in enumerate(rows):
-            part = min(8, size - 8 * (bars - 1 - r))  # of this cell, in eighths
-            row.append((f"{look('bars')[part - 1] * wide if part > 0 else '':<{pitch}}", colour))
-        if value is None:  # no sample was, or is yet, at this step
-            rows[-1][-1] = f"{look('dot') * wide:<{pitch}}", look.mask
-        part = max((share[i] for i in steps if i < len(share)), default=0.0)
-        part = part or float(any(i in sel for i in steps))
-        glyph = look("maybe" if maybe else "sel") if part > 0 else ""
-        marks.append((f"{glyph:^{wide}}".ljust(pitch), mix(look.bg, look.mark, 0.2 + 0.8 * part)))
-    axis = step_axis(columns, left, pitch, every, width, look, t)
-    return block([*rows, marks, axis], width, height)
-
-
-def spark(values: Sequence[float], width: int, look: Look) -> Row:
-    """The last values as small bars; one that is not a number stays visible."""
-    values = values[-4 * max(1, width) :]
-    low, high = min(finite(values), default=0.0), max(finite(values), default=0.0)
-    row: Row = []
-    for steps in slots(len(values), max(1, width))[1] if values else ():
-        group = finite(values[i] for i in steps)
-        if len(group) < len(steps):
-            row.append((look("bad"), look.orange))
-        else:
-            x = (sum(group) / len(group) - low) / (high - low) if high > low else 0.3
-            row.append((look("bars")[round(6 * x)], look.sky))
-    return fit(row, width)
-
-
-@dataclass
-class Curve:
-    """A line of a chart; `faint` ones are unconnected dots behind the others."""
-
-    label: str
-    its: Sequence[int]
-    values: Sequence[float]
-    colour: str
-    faint: bool = False
-
-
-DOTS = {  # the bit of each dot of a character, and the characters
-    "braille": (((1, 8), (2, 16), (4, 32), (64, 128)),
-                " " + "".join(map(chr, range(0x2801, 0x2900)))),
-    "block": (((1, 2), (4, 8)), " ▘▝▀▖▌▞▛▗▚▐▜▄▙▟█"),
-    "ascii": (((1,),), " *"),
-}
-
-
-class Canvas:
-    """A grid of dots, several to a character."""
-
-    def __init__(self, width: int, height: int, look: Look):
-        self.table, self.glyphs = DOTS[look.glyphs]
-        self.dx, self.dy = len(self.table[0]), len(self.table)
-        self.width, self.height = width, height
-        self.bits: dict[tuple[int, int], tuple[int, str]] = {}
-        self.marks: dict[tuple[int, int], tuple[str, str]] = {}  # characters over the dots
-
-    def dot(self, x: int, y: int, colour: str) -> None:
-        place, bit = (x // self.dx, y // self.dy), self.table[y % self.dy][x % self.dx]
-        self.bits[place] = self.bits.get(place, (0, ""))[0] | bit, colour
-
-    def line(self, points: Sequence[tuple[int, int]], colour: str) -> None:
-        for (x0, y0), (x1, y1) in zip(points, points[1:] or points):
-            n = max(abs(x1 - x0), abs(y1 - y0), 1)
-            for i in range(n + 1):
-                self.dot(x0 + round((x1 - x0) * i / n), y0 + round((y1 - y0) * i / n), colour)
-
-    def cell(self, x: int, y: int) -> tuple[str, str]:
-        bits, colour = self.bits.get((x, y), (0, ""))
-        return self.marks.get((x, y), (self.glyphs[bits], colour))
-
-
-def chart(curves: Sequence[Curve], width: int, height: int, look: Look, *, log: bool = False,
-          points: Sequence[tuple[int, float]] = (), cursor: int | None = None) -> list[Row]:
-    """Curves over iterations, each named at its right end. `points` are marked; so, on the bottom
-    row, is every value that is not a number."""
-    def scale(value: float) -> float:
-        return value if not log else math.log10(value) if value > 0 else math.nan
-
-    curves = [replace(c, values=[scale(v) for v in c.values]) for c in curves if len(c.its)]
-    points = [(it, scale(value)) for it, value in points if math.isfinite(scale(value))]
-    its = [it for c in curves for it in (c.its[0], c.its[-1])] + [it for it, _ in points]
-    if not its or width < 4 or height < 2:
-        return block([[("no data yet", look.dim)]], width, height)
-    named = [c for c in curves if c.label and finite(c.values)]
-    left = 7 if width >= 30 else 0
-    right = min(20, max((cell_len(c.label) for c in named), default=-1) + 1) if width >= 44 else 0
-    w, h, first, last = max(1, width - left - right), height - 1, min(its), max(its)
-    shown = finite([v for c in curves for v in c.values] + [v for _, v in points])
-    low, high, tick = nice(min(shown, default=0), max(shown, default=1), max(1, min(5, h // 3)))
-    canvas = Canvas(w, h, look)
-
-    def across(it: int) -> int:
-        return round((it - first) / max(1, last - first) * (w * canvas.dx - 1))
-
-    def down(value: float) -> int:
-        return round((high - value) / (high - low) * (h * canvas.dy - 1))
-
-    for curve in sorted(curves, key=lambda c: not c.faint):
-        columns: dict[int, list[float]] = {}
-        for it, value in zip(curve.its, curve.values):
-            if math.isfinite(value):
-                columns.setdefault(across(it), []).append(value)
-            elif not log:
-                canvas.marks[across(it) // canvas.dx, h - 1] = look("bad"), f"bold {look.orange}"
-        if curve.faint:
-            for x, value in ((x, value) for x in columns for value in columns[x]):
-                canvas.dot(x, down(value), mix(look.bg, curve.colour, 0.35))
-        else:
-            means = [(x, down(statistics.fmean(values))) for x, values in columns.items()]
-            canvas.line(means, curve.colour)
-    for it, value in points:
-        place = across(it) // canvas.dx, down(value) // canvas.dy
-        canvas.marks[place] = look("eval"), f"bold {look.mark}"
-    if cursor is not None and first <= cursor <= last:
-        x = across(cursor) // canvas.dx
-        for y in range(h):
-            glyph, colour = canvas.cell(x, y)
-            canvas.marks[x, y] = glyph, f"{colour or look.dim} on {look.line}"
-
-    digits = max(0, math.ceil(-math.log10(tick) - 1e-9) + (f"{tick:e}"[:3] == "2.5"))
-    ticks = {}
-    for i in range(round((high - low) / tick) + 1):
-        value = low + i * tick
-        label = num(10.0 ** min(300, value)) if log else f"{value:.{digits}f}"
-        ticks[down(value) // canvas.dy] = label if len(label) < left else num(value)
-    names: dict[int, Curve] = {}  # by row; highest first, moved apart where they would collide
-    for i, curve in enumerate(sorted(named, key=lambda c: -finite(c.values)[-1])):
-        wanted = max(down(finite(curve.values)[-1]) // canvas.dy, max(names, default=-1) + 1)
-        names[min(wanted, h - len(named) + i)] = curve
-    rows = []
-    for y in range(h):
-        rail = look("edge") if y in ticks else look("v")
-        row = [(f"{ticks.get(y, ''):>{left - 1}}{rail}", look.dim)] if left else []
-        name = [(" " + names[y].label, names[y].colour)] if right and y in names else []
-        rows.append(row + [canvas.cell(x, y) for x in range(w)] + name)
-    every = max(1, round(nice(0, max(1, last - first), max(1, w // 8))[2]))
-    labels = [first, last, *range(first - first % every + every, last, every)]
-    axis = labelled([(left + across(it) // canvas.dx - len(str(it)) // 2 * (it != first), str(it))
-                     for it in labels], left + w)
-    return block(rows + [[(axis, look.dim)]], width, height)
-
-
-def smooth(values: Sequence[float], weight: float) -> list[float]:
+def smooth(values: Numbers, weight: float) -> list[float]:
     """Exponential mean, without the bias of its start; gaps stay gaps."""
     out, mean, norm = [], 0.0, 0.0
     for value in values:
@@ -839,153 +590,287 @@ def smooth(values: Sequence[float], weight: float) -> list[float]:
     return out
 
 
-def carpet(data: Sequence[Sequence[float]], its: Sequence[int], width: int, height: int, look: Look,
-           high: float, *, it: int | None = None, left: int = 7, every: int = 0) -> list[Row]:
-    """Values as colours, iterations down and denoising steps across, two iterations to a row."""
-    T = max((len(row) for row in data), default=0)
-    if not T or width < left + 2 or height < 2:
-        return block([[("no data yet", look.dim)]], width, height)
-    pitch, columns = slots(T, width - left)
-    half = 1 if look.glyphs == "ascii" else 2  # iterations in a cell
-    total, n = min((height - 1) * half, len(data) * 4 * half), len(data)
-    groups = [range(r * n // total, max(r * n // total + 1, (r + 1) * n // total))
-              for r in range(total)]
+# ---- pictures ------------------------------------------------------------------------------------
 
-    def level(group: range, steps: range) -> float:
+
+def slots(n: int, w: int) -> tuple[int, list[range]]:
+    """How n steps share `w` cells: cells a column, and the steps each column stands for."""
+    if n <= w:
+        return min(max(1, w // max(1, n)), 9), [range(i, i + 1) for i in range(n)]
+    return 1, [range(c * n // w, (c + 1) * n // w) for c in range(max(1, w))]
+
+
+def step_axis(n: int, left: int, w: int, t: int | None = None) -> Line:
+    """The denoising steps under their columns; the cursor's for sure, then the ends."""
+    pitch, columns = slots(n, w - left)
+    middle = left + (pitch - 1 - (pitch > 2)) // 2
+    places = {i: middle + c * pitch for c, steps in enumerate(columns) for i in steps}
+    wanted = (t, 0, n - 1, *range(0, n, 1 if pitch >= 3 else max(1, n // 8)))
+    return labelled([(places[i], i) for i in wanted if i in places], w)
+
+
+def strip(
+    entropy: Numbers, chosen: Numbers, w: int, h: int, t: int | None = None, mark: str = "▲"
+) -> list[Line]:
+    """Entropy of each denoising step as bars, marks under the chosen ones, a cursor at t.
+    `chosen` is, of every step, the share of the samples that selected it."""
+    left, n, bars = 7 if w > 30 else 0, max(1, len(chosen)), max(1, h - 2)
+    high = nice(0, max(finite(entropy), default=1), 4)[1]
+    pitch, columns = slots(n, w - left)
+    wide = pitch - (pitch > 2)  # a gap between bars that are wide enough
+    scale = {bars - 1: "0", 0: num(high), bars: f"K={sum(chosen):.0f}" if any(chosen) else ""}
+    lines: list[Line] = [[(f"{scale.get(r, ''):>5}  "[:left], "dim")] for r in range(bars + 1)]
+    for steps in columns:
+        value = max(finite(entropy[i] for i in steps if i < len(entropy)), default=None)
+        size = 0 if value is None else max(1, round(value / high * bars * 8))
+        style = heat((value or 0) / high, 0.12) + (" on line" if t in steps else "")
+        for r, line in enumerate(lines[:bars]):
+            part = min(8, size - 8 * (bars - 1 - r))  # of this cell, in eighths
+            line.append((f"{BARS[part - 1] * wide if part > 0 else '':<{pitch}}", style))
+        if value is None:  # no sample was, or is yet, at this step
+            lines[bars - 1][-1] = f"{'·' * wide:<{pitch}}", "mask"
+        share = max((chosen[i] for i in steps if i < len(chosen)), default=0.0)
+        text = f"{mark if share > 0 else '':^{wide}}"
+        lines[bars].append((f"{text:<{pitch}}", f"mark@{round(20 + 80 * min(1.0, share))}"))
+    return fill([*lines, step_axis(n, left, w, t)], w, h)
+
+
+def spark(values: Numbers, w: int) -> Line:
+    """The last values as small bars; one that is not a number stays visible."""
+    values, line = values[-4 * max(1, w) :], []
+    low, high = min(finite(values), default=0.0), max(finite(values), default=0.0)
+    for steps in slots(len(values), max(1, w))[1] if values else ():
+        group = finite(values[i] for i in steps)
+        x = (statistics.fmean(group) - low) / (high - low) if group and high > low else 0.3
+        line.append((BARS[round(6 * x)], "sky") if len(group) == len(steps) else ("×", "orange"))
+    return fit(line, w)
+
+
+def carpet(
+    data: Sequence[Numbers],
+    its: Sequence[int],
+    high: float,
+    it: int | None,
+    left: int,
+    w: int,
+    h: int,
+) -> list[Line]:
+    """Values as colours, iterations down and denoising steps across, two iterations to a line."""
+    T, n = max((len(row) for row in data), default=0), len(data)
+    if not T or w < left + 2 or h < 2:
+        return message("no data yet")(w, h)
+    pitch, columns = slots(T, w - left)
+    total = min(2 * (h - 1), 8 * n) // 2 * 2
+    groups = [
+        range(r * n // total, max(r * n // total + 1, (r + 1) * n // total)) for r in range(total)
+    ]
+
+    def level(group: range, steps: range) -> str:
         values = finite(data[r][i] for r in group for i in steps if i < len(data[r]))
-        return statistics.fmean(values) / high if values else math.nan
+        return heat(statistics.fmean(values) / high) if values else "bg"
 
-    levels = [[level(group, steps) for steps in columns] for group in groups]
-    rows = []
-    for y in range(0, total, half):
-        here = any(it == its[r] for group in groups[y : y + half] for r in group)
-        label = it if here else its[groups[y][0]] if y // half % 3 == 0 else ""
-        row = [(f"{look('here') if here else ' '}{label:>{left - 3}}  ",
-                f"bold {look.fg}" if here else look.dim)] if left else []
-        for pair in itertools.zip_longest(*levels[y : y + half], fillvalue=math.nan):
-            over, under = [look.heat(x) if x == x else look.bg for x in (*pair, math.nan)[:2]]
-            shade = " .:-=+*#%@"[round(9 * min(1, pair[0]))] if pair[0] == pair[0] else "x"
-            row.append(("▀" * pitch, f"{over} on {under}") if half == 2 else
-                       (shade * pitch, look.ink(pair[0])))
-        rows.append(row)
-    return block(rows + [step_axis(columns, left, pitch, every, width, look)], width, height)
+    lines: list[Line] = []
+    for y, (over, under) in enumerate(zip(groups[::2], groups[1::2])):
+        here = it in (its[over[0] : under[-1] + 1])
+        label = it if here else its[over[0]] if y % 3 == 0 else ""
+        margin = f"{'▸' if here else ' '}{label:>4}  "[:left]
+        line = [
+            ("▀" * pitch, f"{level(over, steps)} on {level(under, steps)}") for steps in columns
+        ]
+        lines.append([(margin, "bold fg" if here else "dim"), *line])
+    return fill([*lines, step_axis(T, left, w)], w, h)
+
+
+@dataclass
+class Curve:
+    """A line of a chart; `faint` ones are unconnected dots behind the others."""
+
+    label: str
+    its: Sequence[int]
+    values: Numbers
+    colour: str
+    faint: bool = False
+
+
+DOTS = ((1, 8), (2, 16), (4, 32), (64, 128))  # the bit of each dot of a braille character
+Points = Sequence[tuple[int, float]]
+
+
+def dots_of(curve: Curve, x: Callable, y: Callable) -> Iterable[tuple[int, int]]:
+    """Where a curve has dots: at its values if it is faint, else along the line through them."""
+    columns: dict[int, list[float]] = {}
+    for it, value in zip(curve.its, curve.values):
+        if math.isfinite(value):
+            columns.setdefault(x(it), []).append(value)
+    if curve.faint:
+        yield from ((at, y(value)) for at, values in columns.items() for value in values)
+        return
+    points = [(at, y(statistics.fmean(values))) for at, values in columns.items()]
+    for (x0, y0), (x1, y1) in zip(points, points[1:] or points):
+        n = max(abs(x1 - x0), abs(y1 - y0), 1)
+        for i in range(n + 1):
+            yield x0 + round((x1 - x0) * i / n), y0 + round((y1 - y0) * i / n)
+
+
+def chart(
+    curves: Sequence[Curve], log: bool, points: Points, cursor: int | None, w: int, h: int
+) -> list[Line]:
+    """Curves over iterations, their names above. `points` are marked; so, on the bottom line, is
+    every value that is not a number."""
+
+    def scaled(value: float) -> float:
+        return value if not log else math.log10(value) if value > 0 else math.nan
+
+    lost = [it for c in curves for it, value in zip(c.its, c.values) if not math.isfinite(value)]
+    curves = [replace(c, values=[scaled(v) for v in c.values]) for c in curves if len(c.its)]
+    points = [(it, scaled(value)) for it, value in points if math.isfinite(scaled(value))]
+    its = [it for c in curves for it in (c.its[0], c.its[-1])] + [it for it, _ in points]
+    names = [(f"{c.label}  ", c.colour) for c in curves[::-1] if c.label]
+    left, below = 7 if w >= 30 else 0, h - 1 - (len(names) > 0)
+    if not its or w < 4 or below < 1:
+        return message("no data yet")(w, h)
+    shown = finite([v for c in curves for v in c.values] + [v for _, v in points])
+    low, high, tick = nice(min(shown, default=0), max(shown, default=1), max(1, min(5, h // 3)))
+    first, last, wide = min(its), max(its), max(1, w - left)
+
+    def x(it: int) -> int:  # in dots, two to a cell
+        return round((it - first) / max(1, last - first) * (2 * wide - 1))
+
+    def y(value: float) -> int:  # in dots, four to a cell
+        return round((high - value) / (high - low) * (4 * below - 1))
+
+    canvas: dict[tuple[int, int], tuple[str, str]] = {}
+    for curve in sorted(curves, key=lambda c: not c.faint):
+        for column, row in dots_of(curve, x, y):
+            place, bit = (column // 2, row // 4), DOTS[row % 4][column % 2]
+            before = ord(canvas.get(place, ("\u2800", ""))[0])
+            canvas[place] = chr(before | bit), f"{curve.colour}@{35 if curve.faint else 100}"
+    canvas |= {(x(it) // 2, below - 1): ("×", "bold orange") for it in lost}
+    canvas |= {(x(it) // 2, y(value) // 4): ("◆", "bold mark") for it, value in points}
+    if cursor is not None and first <= cursor <= last:
+        for place in [(x(cursor) // 2, row) for row in range(below)]:
+            glyph, style = canvas.get(place, (" ", "dim"))
+            canvas[place] = glyph, f"{style} on line"
+    values = [low + i * tick for i in range(round((high - low) / tick) + 1)]
+    ticks = {y(v) // 4: f"{10.0 ** min(300, v) if log else v:.4g}"[:6] for v in values}
+    lines: list[Line] = [[(" " * left, ""), *names]] if names else []
+    for row in range(below):
+        rail = f"{ticks.get(row, ''):>6}{'┤' if row in ticks else '│'}" if left else ""
+        lines.append([(rail, "dim"), *(canvas.get((i, row), (" ", "")) for i in range(wide))])
+    parts = max(1, wide // 12)
+    labels = {first + (last - first) * k // parts: None for k in (0, parts, *range(parts))}
+    return fill([*lines, labelled([(left + x(it) // 2, it) for it in labels], w)], w, h)
 
 
 # ---- a trajectory --------------------------------------------------------------------------------
 
 
-def token_style(sample: Sample, i: int, t: int, look: Look, colour: str) -> str:
-    """How position i looks after step t once it is revealed; what t itself revealed stands out."""
-    if sample.rev[i] == t:
-        return f"bold {look.bg} on {look.mark}"
-    share = sample.rev[i] / max(1, sample.T - 1) if colour == "step" else sample.tent[i] / 125
-    return look.fg if colour == "none" else look.ink(share)
+@dataclass
+class Picture:
+    """How a sample looks after step t, coloured by "step", by "entropy" or by "none"."""
 
+    sample: Sample
+    t: int
+    by: str = "step"
+    guess: bool = False  # whether what is still masked shows the one-step completion
 
-def position(sample: Sample, i: int, token: str | None, t: int, look: Look, colour: str,
-             guess: Sequence[str]) -> tuple[str, str]:
-    """What is seen at position i after step t, when the state there is `token`: that, or the guess,
-    or a hatch as wide as what will be there; nothing where the row had ended before."""
-    if token is not None:
-        return clean(token, look), token_style(sample, i, t, look, colour)
-    if not sample.reached(i):
-        return "", ""
-    if i < len(guess):
-        return clean(guess[i], look), f"italic {look.sky} on {look.veil}"
-    hatch = re.sub(r"[^\n]", look("mask"), clean(sample.tok[i], look)) or look("mask") * 2
-    return hatch, f"{look.mask} on {look.veil}"
+    def style(self, i: int, t: int) -> str:
+        """That of position i once it is revealed; what t itself revealed stands out."""
+        sample = self.sample
+        if sample.rev[i] == t:
+            return "bold bg on mark"
+        share = sample.rev[i] / max(1, sample.T - 1) if self.by == "step" else sample.tent[i] / 125
+        return "fg" if self.by == "none" else heat(share, 0.5)
 
+    def position(self, i: int, t: int) -> tuple[str, str]:
+        """What is seen at position i after step t: its token, or the guess, or a hatch as wide as
+        what will be there; nothing where the row had ended before."""
+        sample, guess = self.sample, self.sample.guess(t) if self.guess else ()
+        if sample.rev[i] <= t:
+            return clean(sample.tok[i]), self.style(i, t)
+        if not sample.reached(i):
+            return "", ""
+        if i < len(guess):
+            return clean(guess[i]), "italic sky on veil"
+        return re.sub(r"[^\n]", "░", clean(sample.tok[i])) or "░░", "mask on veil"
 
-def prose(sample: Sample, t: int, width: int, height: int, look: Look, colour: str = "step",
-          guess: Sequence[str] = ()) -> list[Row]:
-    """The completion after step t as text, what is still hidden as a hatch or as `guess`."""
-    rows: list[Row] = [[]]
-    x = focus = 0
-    for i, token in enumerate(sample.at(t)):
-        body, style = position(sample, i, token, t, look, colour, guess)
-        for k, piece in enumerate(body.split("\n")):
-            size = cell_len(piece)
-            if k or (x and x + size > width):
-                rows.append([])
+    def prose(self, w: int, h: int) -> list[Line]:
+        """The completion as text."""
+        lines: list[Line] = [[]]
+        x = focus = 0
+        for i, when in enumerate(self.sample.rev):
+            body, style = self.position(i, self.t)
+            if x and x + cell_len(body.split("\n")[0]) > w:
+                lines.append([])
                 x = 0
-            while size > width > 1:  # longer than a line
-                head = set_cell_size(piece, width).rstrip(" ") or piece[0]
-                rows[-1].append((head, style))
-                rows.append([])
-                piece = piece[len(head) :]
-                size = cell_len(piece)
-            rows[-1].append((piece, style))
-            x += size
-        if token is not None and sample.rev[i] == t:
-            focus = len(rows) - 1
-    return centred(rows, focus, width, height)
+            for c in body:
+                if c == "\n" or x + cell_len(c) > w:
+                    lines.append([])
+                    x = 0
+                if c != "\n":
+                    lines[-1].append((c, style))
+                    x += cell_len(c)
+            focus = len(lines) - 1 if when == self.t else focus
+        return centred(lines, focus, w, h)
+
+    @property
+    def widths(self) -> list[int]:
+        """The cells of each token in `film`."""
+        return [max(1, cell_len(clean(token).replace("\n", "↵"))) for token in self.sample.tok]
+
+    def film(self, w: int, h: int) -> list[Line]:
+        """All steps of a short completion under one another, a column a position."""
+        widths, lines = self.widths, []
+        gap = " " * (sum(widths) + len(widths) + 44 <= w)
+        for t in range(self.sample.steps):
+            number, ground = ("bold fg on line", " on line") if t == self.t else ("dim", "")
+            mark = "▲" if t in self.sample.sel else " "
+            line = [(f"{t:>3} ", number), (f"{mark} ", "mark" + ground)]
+            for i, size in enumerate(widths):
+                body, style = self.position(i, t)
+                line += [(set_cell_size(body.replace("\n", "↵"), size), style), (gap, "")]
+            lines.append([*line, ("  ", ""), *self.credit(t)])
+        return centred(lines, self.t, w, h)
+
+    def credit(self, t: int) -> Line:
+        """What training made of step t, if it selected it."""
+        sample, line = self.sample, []
+        for name, values in (("adv", sample.adv), ("guess", sample.srw), ("ratio", sample.ratio)):
+            for value in [v for when, v in zip(sample.sel, values) if when == t][:1]:
+                text = ("+" if name == "adv" and value > 0 else "") + num(value)
+                line += [(f" {name} ", "dim"), (f"{text:<7}", "bold fg")]
+        return line
 
 
-def mosaic(sample: Sample, t: int, width: int, height: int, look: Look, size: int,
-           colour: str = "step") -> list[Row]:
-    """Every position as a cell, a row for each decoding block: where the text is filled in."""
-    left = 5 if width > 20 else 0
-    size = max(1, min(size or 32, width - left))
-    pitch = max(1, min(3, (width - left) // size))
-    rows: list[Row] = []
-    for i, token in enumerate(sample.at(t)):
-        if i % size == 0:
-            rows.append([(f"{i:>{left - 2}}  ", look.dim)] if left else [])
-        glyph, style = look("full") * pitch, token_style(sample, i, -1, look, colour)
-        if token is None:
-            glyph, style = (look("dot") if sample.reached(i) else " ") * pitch, look.mask
-        elif sample.rev[i] == t:
-            glyph, style = f"{look('new'):^{pitch}}", f"bold {look.mark}"
-        rows[-1].append((glyph, style))
-    focus = sample.rev.index(t) // size if t in sample.rev else 0
-    return centred(rows, focus, width, height)
-
-
-def token_widths(sample: Sample, look: Look) -> list[int]:
-    return [max(1, cell_len(clean(token, look).replace("\n", "+"))) for token in sample.tok]
-
-
-def film(sample: Sample, t: int, width: int, height: int, look: Look, colour: str = "step",
-         guess: bool = False) -> list[Row]:
-    """All steps of a short completion under one another: a row a step, a column a position."""
-    widths, rows = token_widths(sample, look), []
-    gap = " " * (sum(widths) + len(widths) + 44 <= width)
-    for when in range(sample.steps):
-        ground = f" on {look.line}" if when == t else ""
-        row = [(f"{when:>3} ", (f"bold {look.fg}" if ground else look.dim) + ground),
-               (f"{look('sel') if when in sample.sel else ' '} ", look.mark + ground)]
-        shown = sample.guess(when) if guess else ()
-        for i, token in enumerate(sample.at(when)):
-            body, style = position(sample, i, token, when, look, colour, shown)
-            row += [(set_cell_size(body.replace("\n", look("nl")), widths[i]), style), (gap, "")]
-        rows.append(row + [("  ", "")] + credit(sample, when, look))
-    return centred(rows, t, width, height)
-
-
-def credit(sample: Sample, t: int, look: Look) -> Row:
-    """What training made of step t, if it selected it."""
-    row: Row = []
-    for name, values in (("adv", sample.adv), ("guess", sample.srw), ("ratio", sample.ratio)):
-        for value in [v for when, v in zip(sample.sel, values) if when == t][:1]:
-            text = ("+" if name == "adv" and value > 0 else "") + num(value)
-            row += [(f" {name} ", look.dim), (f"{text:<7}", f"bold {look.fg}")]
-    return row
-
-
-# ---- screens -------------------------------------------------------------------------------------
+# ==== view ========================================================================================
 
 VIEWS = ("overview", "entropy", "trajectory", "samples", "curves", "run")
-CURATED = ("reward/mean", "reward/correct", "reward/solved", "kl", "clip_frac", "loss", "grad_norm",
-           "entropy/mean", "entropy/sel", "tok_s")
-HEALTH = ("reward/mean", "kl", "clip_frac", "ratio/max", "grad_norm", "entropy/mean", "entropy/sel",
-          "zero_adv_frac", "len/mean", "trunc_frac", "loss", "adv/abs", "t/total", "mem/peak_gb",
-          "tok_s")
+METRICS = (  # in this order; others follow
+    "reward/mean kl clip_frac loss grad_norm entropy/mean entropy/sel ratio/max zero_adv_frac "
+    "len/mean trunc_frac adv/abs t/total mem/peak_gb tok_s"
+).split()
+VALUES = {  # of settings that are not just on or off
+    "colour": ("step", "entropy", "none"),
+    "smooth": (0.0, 0.6, 0.8, 0.95),
+    "sort": ("newest", "reward", "length"),
+}
+
+
+def nearest(keys: Iterable[int], wanted: int) -> int:
+    return min(keys, key=lambda key: (abs(key - wanted), key))
+
+
+def clamp(value: int, length: int) -> int:
+    """The nearest index into so many items."""
+    return max(0, min(value, length - 1))
 
 
 @dataclass
 class View:
-    """What is looked at and how: all that keys can change."""
+    """What is looked at and how. Below the questions that screens ask are the actions of keys; an
+    action gets what KEYS says for the key."""
 
+    logs: Sequence[Log]
     number: int = 1
     it: int | None = None  # None: the newest
     s: int = 0  # sample of that iteration
@@ -996,7 +881,7 @@ class View:
     colour: str = "step"
     guess: bool = False
     smooth: float = 0.8
-    log: bool = False
+    log_scale: bool = False
     sort: str = "newest"
     filter: str = ""
     typing: bool = False
@@ -1005,556 +890,639 @@ class View:
     pick: int = 0  # chart of view 5, scrolled lines of view 6 and of the help
     run: int = 0  # of several
     note: str = ""
-    look: Look = Look()
+    ascii: bool = False
+    light: bool = False
+
+    @property
+    def log(self) -> Log:
+        return self.logs[self.run]
+
+    @property
+    def history(self) -> History:
+        return self.log.history
+
+    @property
+    def place(self) -> str:
+        """Where keys count: the number of a view, or z in a zoomed chart, c in a comparison."""
+        if self.help:
+            return "?"
+        compared = self.number == 1 and len(self.logs) > 1
+        return "z" if self.number == 5 and self.zoom else "c" if compared else str(self.number)
+
+    def key(self) -> tuple[int, int] | None:
+        """(it, s) of the sample that is looked at: the nearest that was logged."""
+        samples = self.history.samples
+        if not samples:
+            return None
+        it = max(samples) if self.it is None else nearest(samples, self.it)
+        return it, nearest(samples[it], self.s)
+
+    def keys(self) -> list[tuple[int, int]]:
+        """(it, s) of the newest 2000 samples that pass the filter, in the order asked for."""
+        samples, brief = self.history.samples, self.log.brief
+        keys = [(it, s) for it in sorted(samples, reverse=True) for s in sorted(samples[it])][:2000]
+        if self.filter:
+            keys = [key for key in keys if self.filter.lower() in brief(*key)[2].lower()]
+        if self.sort != "newest":
+            keys.sort(key=lambda key: -brief(*key)[self.sort == "length"])
+        return keys
+
+    def sample(self) -> Sample | None:
+        """The rollout in progress while following, else a logged sample."""
+        live = self.history.live() if self.follow and self.log.status()[0] in GOING else None
+        return live or (self.log.sample(*self.key()) if self.key() else None)
+
+    def step(self, sample: Sample) -> int:
+        last = sample.steps - 1
+        return last if self.t is None or sample.live else max(-1, min(self.t, last))
+
+    def metrics(self) -> list[str]:
+        """What view 5 shows: those in METRICS first; only those that match the filter."""
+        logged = dict.fromkeys(name for log in self.logs for name in log.history.series)
+        names = [name for name in dict.fromkeys([*METRICS, *logged]) if name in logged]
+        return [name for name in names if self.filter.lower() in name.lower()]
+
+    def put(self, changes: dict[str, object]) -> None:
+        for name, value in changes.items():
+            setattr(self, name, value)
+
+    def cycle(self, name: str) -> None:
+        """Go round the values of a setting."""
+        values = VALUES.get(name, (False, True))
+        value = values[(values.index(getattr(self, name)) + 1) % len(values)]
+        self.put({name: value, "note": f"{name}: {value}", "pick": self.pick * (name != "help")})
+
+    def stay(self, changes: dict[str, object] | None = None) -> Sample | None:
+        """Stop following: keep what is on the screen, whatever arrives. The sample that leaves."""
+        self.it, self.s = self.key() or (self.it, self.s)
+        self.put({"follow": False, "playing": False} | (changes or {}))
+        return self.log.sample(self.it, self.s)
+
+    def newest(self, _: object = None) -> None:
+        self.put(dict(it=None, t=None, follow=True, playing=False))
+
+    def follow_or_stay(self, _: object) -> None:
+        (self.stay if self.follow else self.newest)()
+
+    def turn(self, by: int) -> None:
+        self.put(dict(number=(self.number - 1 + by) % 6 + 1, zoom=False, help=False, pick=0))
+
+    def move_step(self, by: int) -> None:
+        sample = self.stay()
+        self.t = clamp(self.step(sample) + by, sample.T) if sample else None
+
+    def move_chosen(self, by: int) -> None:
+        """To the next or previous selected step, around the end."""
+        sample = self.stay()
+        if sample and sample.sel:
+            chosen, t = sorted(sample.sel), self.step(sample)
+            at = bisect_left(chosen, t + 1) if by > 0 else bisect_left(chosen, t) - 1
+            self.t = chosen[at % len(chosen)]
+
+    def move_sample(self, by: int) -> None:
+        """To another line of the table in view 4; elsewhere to another sample, then iteration."""
+        keys = self.keys() if self.number == 4 else View([self.log]).keys()[::-1]
+        self.stay()
+        if keys:
+            at = keys.index((self.it, self.s)) + by if (self.it, self.s) in keys else 0
+            self.it, self.s = keys[clamp(at, len(keys))]
+
+    def move_iteration(self, by: int) -> None:
+        its = sorted(self.history.entropy) or [0]
+        at = bisect_left(its, its[-1] if self.it is None else self.it)
+        self.put(dict(it=its[clamp(at + by, len(its))], follow=False, playing=False))
+
+    def move_alert(self, by: int) -> None:
+        here = self.history.it if self.it is None else self.it
+        alerts = [alert for alert in self.history.alerts if (alert[0] - here) * by > 0]
+        if alerts:
+            it, _, text = min(alerts) if by > 0 else max(alerts)
+            self.put(dict(it=it, note=f"it {it}: {text}", follow=False))
+
+    def move_chart(self, by: int) -> None:
+        self.pick = clamp(self.pick + by, len(self.metrics()))
+
+    def move_run(self, by: int) -> None:
+        self.run = clamp(self.run + by, len(self.logs))
+
+    def scroll(self, by: int) -> None:
+        self.pick = max(0, self.pick + by)
+
+    def play_or_pause(self, _: object) -> None:
+        playing, sample = self.playing, self.stay()
+        self.playing = not playing and sample is not None
+        if self.playing and self.step(sample) >= sample.T - 1:
+            self.t = -1
+
+    def play(self) -> None:
+        """One step of the playback."""
+        sample = self.sample()
+        last = sample.T - 1 if sample else 0
+        self.t = min((-1 if self.t is None else self.t) + 1, last)
+        self.playing = self.t < last
+
+    def change_speed(self, factor: float) -> None:
+        self.speed = max(1.0, min(64.0, self.speed * factor))
+        self.note = f"{self.speed:g} steps a second"
+
+    def type_filter(self, key: str) -> None:
+        """A key while the filter is being typed."""
+        self.typing = key not in ("escape", "enter")
+        letter = {"space": " "}.get(key, key if len(key) == 1 else "")
+        typed = self.filter[:-1] if key == "backspace" else self.filter + letter
+        self.filter = "" if key == "escape" else typed
+
+    def ask_app(self, wish: str) -> str:
+        """What is not the view's to do."""
+        return wish
 
 
-def nearest(keys: Iterable[int], wanted: int) -> int:
-    return min(keys, key=lambda key: (abs(key - wanted), key))
+# ==== screens =====================================================================================
 
 
-def key_of(view: View, log: Log) -> tuple[int, int] | None:
-    """(it, s) of the sample that is looked at: the nearest that was logged."""
-    samples = log.run.samples
-    if not samples:
-        return None
-    it = max(samples) if view.it is None else nearest(samples, view.it)
-    return it, nearest(samples[it], view.s)
+def bar(parts: Iterable[Line], w: int) -> Line:
+    """As many of these parts as fit on a line with its own ground."""
+    line: Line = []
+    for part in parts:
+        line += part if cells(line + part) <= w else []
+    return [(text, f"{style or 'fg'} on bar") for text, style in fit(line, w)]
 
 
-def on_screen(view: View, log: Log) -> Sample | None:
-    """The rollout in progress while following, else a logged sample."""
-    live = log.run.live() if view.follow and log.status()[0] in GOING else None
-    key = key_of(view, log)
-    return live or (log.sample(*key) if key else None)
-
-
-def step_of(view: View, sample: Sample) -> int:
-    last = sample.steps - 1
-    return last if view.t is None or sample.live else max(-1, min(view.t, last))
-
-
-def bar(row: Row, width: int, look: Look) -> Row:
-    """A row on its own ground, at the top or at the bottom."""
-    return [(text, f"{style or look.fg} on {look.bar}") for text, style in fit(row, width)]
-
-
-def header(view: View, log: Log, width: int) -> Row:
-    """State, name, progress and pace on one row; what does not fit goes, from the right."""
-    run, look, (state, age) = log.run, view.look, log.status()
-    glyph, ascii_glyph, colour = STATUS.get(state, STATUS["finished"])
-    parts = [[(f" {ascii_glyph if look.glyphs == 'ascii' else glyph} {state}",
-               f"bold {getattr(look, colour)}"),
-              (f" {span(age)} ago" if state in GOING and age >= 5 else "", look.dim)],
-             [(log.name, f"bold {look.fg}")]]
-    if iters := run.size("iters"):
-        size = max(0, min(18, width // 6 - 4))
-        full = round(size * min(1.0, run.done / iters))
-        parts.append([(look("done") * full, look.sky), (look("todo") * (size - full), look.line),
-                      (f" {run.done}/{iters}", look.fg)])
+def header(view: View, w: int) -> Line:
+    """State, name, progress and pace on one line."""
+    history, latest, (state, age) = view.history, view.history.latest, view.log.status()
+    sign, colour = STATUS.get(state, STATUS["finished"])
+    silence = f" {span(age)} ago" if state in GOING and age >= 5 else ""
+    parts = [[(f" {sign} {state}", f"bold {colour}"), (silence, "dim")]]
+    parts.append([(f"  {view.log.name}", "bold fg")])
+    if iters := history.size("iters"):
+        size = max(0, min(18, w // 6 - 4))
+        full = round(size * min(1.0, history.done / iters))
+        rail = [("  " + "━" * full, "sky"), ("─" * (size - full), "line")]
+        parts.append([*rail, (f" {history.done}/{iters}", "fg")])
     if state in GOING:
-        live, left = run.live(), run.latest("eta_s")
-        if left is not None and math.isfinite(left):
-            parts.append([(f"ETA {span(left)}", look.fg)])
-        rolling = f" {live.steps}/{live.T}" if live and run.phase == "rollout" else ""
-        parts.append([(run.phase + rolling, look.mark)])
-    if run.evals:
-        parts.append([("eval ", look.dim), (f"{run.score:.1%}", look.fg)])
+        live, left = history.live(), latest("eta_s")
+        parts.append([(f"  ETA {span(left)}", "fg")] if finite([left or math.nan]) else [])
+        rolling = f" {live.steps}/{live.T}" if live and history.phase == "rollout" else ""
+        parts.append([(f"  {history.phase}{rolling}", "mark")])
+    if history.evals:
+        parts.append([("  eval ", "dim"), (f"{history.accuracy:.1%}", "fg")])
     for name, unit in (("t/total", "s/it"), ("tok_s", "tok/s"), ("mem/peak_gb", "GB")):
-        if name in run.series:
-            parts.append([(f"{num(run.latest(name))} {unit}", look.dim)])
-    model = Path(str(run.meta.get("model", ""))).name
-    parts.append([(clean(f"{model} {run.meta.get('task', '')}".strip()), look.dim)])
-    row: Row = []
-    for part in filter(cells, parts):
-        if row and cells(row + part) + 2 > width:
-            break
-        row += [("  ", "")] * bool(row) + part
-    return bar(row, width, look)
+        parts += [[(f"  {num(latest(name))} {unit}", "dim")]] * (name in history.series)
+    model = Path(str(history.meta.get("model", ""))).name
+    parts.append([(clean(f"  {model} {history.meta.get('task', '')}"), "dim")])
+    return bar(parts, w)
 
 
-HINTS = {0: "j/k run", 2: "up/down iteration", 4: "j/k row  s sort  / filter  enter open",
-         5: "j/k chart  enter zoom  / filter  s smooth  y log", 6: "j/k scroll  n alert"}
-
-
-def footer(view: View, runs: int, width: int) -> Row:
-    """What is being typed, or what there is to say, or the keys of this view as far as they fit."""
-    look, row = view.look, []
-    if view.typing or view.filter:
-        return bar([(f" /{view.filter}", f"bold {look.fg}"),
-                    ("_" if view.typing else "  esc clears", look.dim)], width, look)
-    if view.note:
-        return bar([(f" {view.note}", look.orange)], width, look)
-    names = [f"{i} {name}" for i, name in enumerate(VIEWS, 1)]
-    names = names if width >= 90 else [f"1-6 {VIEWS[view.number - 1]}"]
-    hints = HINTS.get(0 if runs > 1 and view.number == 1 else view.number,
-                      "h/l step  n chosen  space play  j/k sample  x guess")
-    always = [f"f follow {'on' if view.follow else 'off'}", "? help", "q quit"]
-    for hint in [*names, *hints.split("  "), *always]:
-        key, word = hint.split(" ", 1)
-        style = f"bold {look.fg}" if word == VIEWS[view.number - 1] else look.dim
-        part = [(f" {key} ", f"bold {look.orange}"), (f"{word} ", style)]
-        row += part if cells(row + part) <= width else []
-    return bar(row, width, look)
-
-
-def strip_panel(view: View, log: Log, sample: Sample | None) -> Draw:
+def strip_panel(view: View, sample: Sample | None) -> Draw:
     """Entropy per step: of the rollout in progress, of one sample, or of an iteration's batch."""
-    run, look, K = log.run, view.look, log.run.size("K")
+    history, t, mark, share = view.history, view.t, "▲", []
     if sample and sample.live:
-        entropy, t = sample.ent, sample.steps - 1
-        known = [i for i in range(len(entropy)) if math.isfinite(entropy[i])]
-        marks = dict(sel=sorted(known, key=lambda i: -entropy[i])[:K], maybe=True, t=t)
-        title = f"{sample.it}, {'rolling' if t + 1 < sample.T else 'rolled'} out"
-        right = f"{look('maybe')} top {K} so far"
+        entropy, t, mark, K = sample.ent, sample.steps - 1, "△", history.size("K")
+        known = [i for i, h in enumerate(entropy) if math.isfinite(h)]
+        sel = sorted(known, key=lambda i: -entropy[i])[:K]
+        what = f"{sample.it}, {'rolling' if t + 1 < sample.T else 'rolled'} out"
+        right = f"△ top {K} so far"
     elif sample and (view.number == 3 or not view.follow):
-        entropy, K = sample.ent, len(sample.sel)
-        marks = dict(sel=sample.sel, t=step_of(view, sample))
-        title, right = f"{sample.it}, sample {sample.s}", f"{look('sel')} gets the gradient"
-    elif run.entropy:
-        it = max(run.entropy) if view.it is None else nearest(run.entropy, view.it)
-        entropy, K = run.entropy[it], K if any(run.share[it]) else 0
-        marks = dict(share=run.share[it], t=view.t)
-        title = f"{it}, mean of {run.size('N') or 'the batch'}"
-        right = f"{look('sel')} chosen, strong: by many" if K else ""
+        entropy, sel, t = sample.ent, sample.sel, view.step(sample)
+        what, right = f"{sample.it}, sample {sample.s}", "▲ gets the gradient"
+    elif history.entropy:
+        it = max(history.entropy) if view.it is None else nearest(history.entropy, view.it)
+        entropy, share, sel = history.entropy[it], history.share[it], ()
+        what, right = (
+            f"{it}, mean of {history.size('N') or 'the batch'}",
+            "▲ chosen, strong: by many",
+        )
     else:
-        return panel("entropy", say("waiting for the first rollout", look), look)
-    T = run.size("T") or len(entropy)
-    weights = marks.get("share", [float(i in marks.get("sel", ())) for i in range(T)])
-    total, kept = sum(finite(entropy)), sum(finite(a * b for a, b in zip(entropy, weights)))
-    facts = {"mean": f"{num(total / max(1, len(finite(entropy))))} nats", "chosen": f"{K} of {T}",
-             "entropy kept": f"{kept / total:.0%}" if total else "-"}
-    rows = [[(f"{name:>13}  ", look.dim), (value, f"bold {look.fg}")]
-            for name, value in facts.items()]
-
-    def draw(w: int, h: int) -> list[Row]:
-        room = w - BARS_LEFT - slots(T, w - BARS_LEFT)[0] * T  # beside the bars: their sum
-        side = 26 if room >= 26 else 0
-        return beside(
-            h, (w - side, side),
-            lambda w, h: strip(entropy, T, w, h, look, K=K, every=run.block_steps, **marks),
-            lambda w, h: [[]] * (h > 5) + rows)
-
-    title = f"entropy per denoising step {look('sep')} iteration {title}"
-    return panel(title, draw, look, right)
+        return panel("entropy", message("waiting for the first rollout"))
+    T = history.size("T") or len(entropy)
+    chosen = share or [float(i in sel) for i in range(T)]
+    title = f"entropy per denoising step · iteration {what}"
+    return panel(title, lambda w, h: strip(entropy, chosen, w, h, t, mark), right)
 
 
-def curve_panel(view: View, logs: Sequence[Log], name: str, hot: bool = False) -> Draw:
-    """One metric over iterations; zoomed with a cursor and the values there."""
-    look, curves, cursor = view.look, curves_of(view, logs, name), None
-    right = num(logs[view.run].run.latest(name))
-    if view.zoom and curves:
-        cursor = curves[-1].its[-1] if view.it is None else view.it
-        at = [c.values[min(bisect_left(c.its, cursor), len(c.its) - 1)] for c in curves]
-        right = f"at {cursor}: {'   '.join(map(num, at))}"
-    return panel(name, lambda w, h: chart(curves, w, h, look, log=view.log, cursor=cursor), look,
-                 right if name in logs[view.run].run.series else "", hot=hot)
-
-
-def curves_of(view: View, logs: Sequence[Log], name: str) -> list[Curve]:
+def curves_of(view: View, name: str) -> list[Curve]:
     """One metric: of one run, with the raw values behind it, or of each of several by name."""
-    curves, several = [], len(logs) > 1
-    for log, colour in zip(logs, itertools.cycle(view.look.lines)):
-        series = log.run.series.get(name, {})
+    curves, several = [], len(view.logs) > 1
+    for log, colour in zip(view.logs, itertools.cycle(CURVES)):
+        series = log.history.series.get(name, {})
         if name == "eval":
-            series = {it: e["accuracy"] for it, e in log.run.evals.items()}
+            series = {it: e["accuracy"] for it, e in log.history.evals.items()}
         its, values = list(series), list(series.values())
-        if name != "eval" and view.smooth:
-            if values and not several:
-                curves.append(Curve("", its, values, colour, faint=True))
+        if its and name != "eval" and view.smooth:
+            curves += [Curve("", its, values, colour, faint=True)] * (not several)
             values = smooth(values, view.smooth)
-        if values:
+        if its:
             label = f"{log.name} {num(values[-1])}" if several else ""
             curves.append(Curve(label, its, values, colour))
     return curves
 
 
-def reward_panel(view: View, log: Log) -> Draw:
+def curve_panel(view: View, name: str, hot: bool = False) -> Draw:
+    """One metric over iterations; zoomed with a cursor and the values there."""
+    curves, cursor, right = curves_of(view, name), None, num(view.history.latest(name))
+    if view.zoom and curves:
+        cursor = curves[-1].its[-1] if view.it is None else view.it
+        at = [c.values[min(bisect_left(c.its, cursor), len(c.its) - 1)] for c in curves]
+        right = f"at {cursor}: {'   '.join(map(num, at))}"
+    return panel(name, lambda w, h: chart(curves, view.log_scale, (), cursor, w, h), right, hot=hot)
+
+
+def reward_panel(view: View) -> Draw:
     """The reward and its parts over iterations, evaluations marked."""
-    look, run, curves = view.look, log.run, []
-    parts = [name for name in run.series if re.fullmatch("reward/(?!mean|std).*", name)]
-    for name, colour in zip(["reward/mean", *parts[:2]], (look.sky, look.orange, look.dim)):
-        for curve in curves_of(view, [log], name):
+    history, curves = view.history, []
+    parts = [name for name in history.series if re.fullmatch("reward/(?!mean|std).*", name)]
+    for name, colour in zip(["reward/mean", *parts[:2]], CURVES):
+        for curve in curves_of(view, name):
             label = "" if curve.faint else f"{name[7:]} {num(curve.values[-1])}"
             if not curve.faint or name == "reward/mean":
                 curves.insert(0, replace(curve, colour=colour, label=label))
-    points = [(it, e["accuracy"]) for it, e in run.evals.items()]
-    right = f"{look('eval')} evaluation {num(run.score)}" if points else ""
-    return panel("reward", lambda w, h: chart(curves, w, h, look, points=points, log=view.log),
-                 look, right)
+    points = [(it, e["accuracy"]) for it, e in history.evals.items()]
+    right = f"◆ evaluation {num(history.accuracy)}" if points else ""
+    return panel("reward", lambda w, h: chart(curves, view.log_scale, points, None, w, h), right)
 
 
-def metric_rows(view: View, log: Log, width: int, height: int) -> list[Row]:
-    """One metric a row: name, last value, how it went. The last alert below."""
-    run, look, rows = log.run, view.look, []
-    names = [name for name in HEALTH if name in run.series]
-    names += [name for name in run.series if not name.startswith(("reward/", "t/", "eta"))]
-    for name in list(dict.fromkeys(names))[: height - bool(run.alerts)]:
-        last = run.latest(name)
-        colour = look.fg if math.isfinite(last) else look.orange
-        rows.append([(f"{name[:13]:<13} ", look.dim), (f"{num(last):>7}  ", f"bold {colour}"),
-                     *spark(list(run.series[name].values()), max(0, width - 23), look)])
-    for it, _, message in run.alerts[-1:]:
-        rows.append([(f"! it {it} {clean(message)}", look.orange)])
-    return rows or [[("waiting for the first update", look.dim)]]
+def metric_lines(history: History, w: int, h: int) -> list[Line]:
+    """One metric a line: name, last value, how it went. The last alert below."""
+    lines = []
+    others = [name for name in history.series if not name.startswith(("reward/", "t/", "eta"))]
+    names = [name for name in dict.fromkeys(METRICS + others) if name in history.series]
+    for name in names[: h - bool(history.alerts)]:
+        last, values = history.latest(name), list(history.series[name].values())
+        value = f"{num(last):>7}  ", "bold fg" if math.isfinite(last) else "bold orange"
+        lines.append([(f"{name[:13]:<13} ", "dim"), value, *spark(values, max(0, w - 23))])
+    for it, _, text in history.alerts[-1:]:
+        lines.append([(f"! it {it} {clean(text)}", "orange")])
+    return lines or message("waiting for the first update")(w, 1)
 
 
-def trajectory(view: View, log: Log, sample: Sample | None, width: int, height: int) -> list[Row]:
-    """One completion as it was denoised: a film of all steps if it is short; else where (mosaic)
-    and what (prose) had been filled in after the step under the cursor."""
-    look = view.look
-    if sample is None:
-        return panel("denoising", say("no sample logged yet", look), look)(width, height)
-    t, sep, chosen = step_of(view, sample), look("sep"), sample.guess(step_of(view, sample))
-    head = [(f"it {sample.it} {sep} prompt {sample.p} {sep} sample {sample.s}   ",
-             f"bold {look.fg}")]
+def caption(sample: Sample, t: int, w: int, most: int) -> list[Line]:
+    """Which sample this is, how it ended, and the prompt in `most` lines at most."""
+    head, n = [(f"it {sample.it} · prompt {sample.p} · sample {sample.s}   ", "bold fg")], w - 3
     if sample.reward is not None:
-        sign = {True: look("yes") + " ", False: look("no") + " "}.get(sample.ok, "")
-        head.append((f"{sign}reward {num(sample.reward)}   ",
-                     look.teal if sample.ok else look.orange))
+        sign = {True: "✓ ", False: "✗ "}.get(sample.ok, "")
+        head.append((f"{sign}reward {num(sample.reward)}   ", "teal" if sample.ok else "orange"))
     entropy = num(sample.ent[t]) if 0 <= t < len(sample.ent) else "-"
     tokens = f"{sum(when <= t for when in sample.rev)}/{sample.decoded} tokens"
-    head.append((f"step {t}/{sample.T - 1}   {tokens}   H {entropy}", look.dim))
-    short = sum(token_widths(sample, look)) + 10 <= width
+    head.append((f"step {t}/{sample.T - 1}   {tokens}   H {entropy}", "dim"))
+    question = clean(sample.prompt).replace("\n", " ")
+    if len(question) > n * most > 0:  # the puzzle itself often comes last
+        question = question[: n * (most - 1)] + f"... {question[4 - n :]}"
+    starts = range(0, min(len(question), n * most), max(1, n))
+    prompt = [[("   " if i else "Q: ", "dim"), (question[i : i + n], "italic dim")] for i in starts]
+    return [head, *prompt]
 
-    def draw(w: int, h: int) -> list[Row]:
-        question, wide = clean(sample.prompt).replace("\n", " "), max(1, w - 3)
-        lines = [question[i : i + wide] for i in range(0, len(question), wide)]
-        most = max(0, min(2 + (h > 18), h - 4))
-        if len(lines) > most > 0:  # the puzzle itself often comes last
-            lines[most - 1] = f"... {question[4 - wide :]}"
-        rows = [head] + [[("Q: " if i == 0 else "   ", look.dim), (line, f"italic {look.dim}")]
-                         for i, line in enumerate(lines[:most])]
-        if short and h > len(rows) + 3:
-            return rows + film(sample, t, w, h - len(rows), look, view.colour, view.guess)
+
+def trajectory(view: View, sample: Sample | None, w: int, h: int) -> list[Line]:
+    """One completion as it was denoised: a film of all steps if it is short, else the text as it
+    was after the step under the cursor."""
+    if sample is None:
+        return panel("denoising", message("no sample logged yet"))(w, h)
+    picture = Picture(sample, view.step(sample), view.colour, view.guess)
+    t, short = picture.t, sum(picture.widths) + 10 <= w
+
+    def draw(w: int, h: int) -> list[Line]:
+        lines = caption(sample, t, w, max(0, min(2 + (h > 18), h - 4)))
+        if short and h > len(lines) + 3:
+            return lines + picture.film(w, h - len(lines))
         if t in sample.sel and h > 6:
-            hint = "   x shows the guess" if chosen and not view.guess else ""
-            rows.append([(f"{look('sel')} chosen  ", f"bold {look.mark}"), *credit(sample, t, look),
-                         (hint, look.dim)])
+            hint = "   x shows the guess" if sample.guess(t) and not view.guess else ""
+            lines.append([("▲ chosen  ", "bold mark"), *picture.credit(t), (hint, "dim")])
         elif h > 8:
-            rows.append([])
-        return rows + prose(sample, t, w, max(1, h - len(rows)), look, view.colour,
-                            chosen if view.guess else ())
+            lines.append([])
+        return lines + picture.prose(w, max(1, h - len(lines)))
 
-    size = log.run.size("block")
-    left = 0 if short or width < 80 else min(9 + (size or 32), width // 2)
-    return beside(
-        height, (left, width - left),
-        panel("positions", lambda w, h: mosaic(sample, t, w, h, look, size, view.colour), look),
-        panel(f"denoising{' now' * sample.live}", draw, look, f"colour: {view.colour}"))
+    return panel(f"denoising{' now' * sample.live}", draw, f"colour: {view.colour}")(w, h)
 
 
-def overview(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
-    if len(logs) > 1:
-        return comparison(view, logs, width, height)
-    log, run, look = logs[0], logs[0].run, view.look
-    if width < 60 or height < 14:  # one line per fact
-        first = [[("entropy by step  ", look.dim),
-                  *spark(run.entropy[max(run.entropy)], width - 17, look)]] if run.entropy else []
-        return first + metric_rows(view, log, width, height - len(first))
-    sample = on_screen(view, log)
-    top = 7 if height < 36 else max(8, height // 5)
-    bottom = 0 if height < 28 else max(11, (height - top) * 14 // 25)
-    middle, widths = height - top - bottom, divide(width, *((5, 3) if width >= 100 else (1, 1)))
-    times = [f"{name} {num(seconds)}" for name, seconds in run.seconds().items()]
-    health = panel("health", lambda w, h: metric_rows(view, log, w, h), look,
-                   foot="  ".join(["seconds", *times]) if times else "")
-    charts = log.once("overview", (run.edition, width, middle, look, view.smooth, view.log),
-                      lambda: beside(middle, widths, reward_panel(view, log), health))
-    rows = strip_panel(view, log, sample)(width, top) + charts
-    return rows + (trajectory(view, log, sample, width, bottom) if bottom else [])
+def overview(view: View, w: int, h: int) -> list[Line]:
+    history = view.history
+    if view.place == "c":
+        return comparison(view, w, h)
+    if w < 60 or h < 14:  # one line per fact
+        lines = metric_lines(history, w, h - bool(history.entropy))
+        for entropy in list(history.entropy.values())[-1:]:
+            lines.insert(0, [("entropy by step  ", "dim"), *spark(entropy, w - 17)])
+        return lines
+    sample = view.sample()
+    top = 7 if h < 36 else max(8, h // 5)
+    bottom = 0 if h < 28 else max(11, (h - top) * 14 // 25)
+    middle, widths = h - top - bottom, divide(w, *((5, 3) if w >= 100 else (1, 1)))
+
+    def charts() -> list[Line]:
+        health = panel("health", lambda w, h: metric_lines(history, w, h))
+        return beside(middle, widths, reward_panel(view), health)
+
+    key = (history.edition, w, middle, view.smooth, view.log_scale)
+    lines = strip_panel(view, sample)(w, top) + view.log.once("overview", key, charts)
+    return lines + (trajectory(view, sample, w, bottom) if bottom else [])
 
 
 def run_line(log: Log, name: str) -> str:
     """A run in a line: for the comparison and for --list."""
-    run, (state, age) = log.run, log.status()
-    return (f"{state:<9} {run.done:>6}/{run.size('iters'):<6} reward "
-            f"{num(run.latest('reward/mean')):>6}  eval {num(run.score):>6}  {span(age):>8} ago  "
-            f"{name}")
+    history, (state, age) = log.history, log.status()
+    reward, accuracy = num(history.latest("reward/mean")), num(history.accuracy)
+    progress = f"{state:<9} {history.done:>6}/{history.size('iters'):<6}"
+    return f"{progress} reward {reward:>6}  eval {accuracy:>6}  {span(age):>8} ago  {name}"
 
 
-def comparison(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
+def comparison(view: View, w: int, h: int) -> list[Line]:
     """Several runs over one another: how an ablation is watched."""
-    look, top = view.look, min(len(logs) + 2, max(3, height // 3))
-    table = [[(f"{look('here') if i == view.run else ' '} ", look.fg), (look("full"), colour),
-              (f" {run_line(log, log.name)}", f"bold {look.fg}" if i == view.run else look.dim)]
-             for i, (log, colour) in enumerate(zip(logs, itertools.cycle(look.lines)))]
-
-    names, across = ["reward/mean", "entropy/mean", "eval", "entropy/sel"], 1 + (width >= 100)
-    draws = [curve_panel(view, logs, name) for name in names[: 2 * across]]
-    rows = panel("runs", lambda w, h: table[max(0, view.run - h + 1) :], look)(width, top)
-    return rows + grid(draws, across, 2, width, height - top)
+    top, across, table = min(len(view.logs) + 2, max(3, h // 3)), 1 + (w >= 100), []
+    for i, (log, colour) in enumerate(zip(view.logs, itertools.cycle(CURVES))):
+        sign, style = ("▸ ", "bold fg") if i == view.run else ("  ", "dim")
+        table.append([(sign, "fg"), ("█", colour), (f" {run_line(log, log.name)}", style)])
+    lines = panel("runs", lambda w, h: table[max(0, view.run - h + 1) :])(w, top)
+    names = ["reward/mean", "entropy/mean", "eval", "entropy/sel"][: 2 * across]
+    return lines + grid([curve_panel(view, name) for name in names], across, 2, w, h - top)
 
 
-def grid(draws: Sequence[Draw], across: int, down: int, width: int, height: int) -> list[Row]:
-    """As many columns and rows of equal size, filled line by line."""
-    rows: list[Row] = []
-    for r, h in enumerate(divide(height, *[1] * down)):
-        line = draws[r * across : (r + 1) * across]
-        rows += block(beside(h, divide(width, *[1] * across), *line), width, h)
-    return rows
-
-
-def entropy_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
-    """Every iteration's entropies as a row of colours; beside them, which steps were selected."""
-    log, run, look = logs[view.run], logs[view.run].run, view.look
-    its = sorted(run.entropy)
+def entropy_view(view: View, w: int, h: int) -> list[Line]:
+    """Every iteration's entropies as a line of colours; beside them, which steps were selected."""
+    history, its = view.history, sorted(view.history.entropy)
     it = max(its, default=None) if view.it is None else view.it
-    below = 0 if height < 20 else min(11, height // 4)
-    widths = divide(width, 5, 3) if width >= 100 else [width]
+    below = 0 if h < 20 else min(11, h // 4)
+    widths = divide(w, 5, 3) if w >= 100 else [w]
 
-    def draw() -> list[Row]:
-        data, every = [run.entropy[i] for i in its], run.block_steps
+    def draw() -> list[Line]:
+        data, shares = [history.entropy[i] for i in its], [history.share[i] for i in its]
         high = max((value for row in data for value in finite(row)), default=0.0) or 1.0
-        entropy = panel(
-            f"entropy {look('sep')} iteration down, denoising step across",
-            lambda w, h: carpet(data, its, w, h, look, high, it=it, every=every),
-            look, f"0 to {num(high)} nats")
-        selected = panel("selected steps", lambda w, h: carpet(
-            [run.share[i] for i in its], its, w, h, look, 1.0, left=0, every=every), look, "share")
-        return beside(height - below, widths, entropy, selected)
+        left, right = "entropy · iteration down, denoising step across", "selected steps"
+        entropies = panel(
+            left, lambda w, h: carpet(data, its, high, it, 7, w, h), f"0 to {num(high)} nats"
+        )
+        selected = panel(right, lambda w, h: carpet(shares, its, 1.0, it, 0, w, h), "share")
+        return beside(h - below, widths, entropies, selected)
 
-    rows = log.once("carpet", (run.edition, it, width, height, look), draw)
-    return rows + (strip_panel(view, log, None)(width, below) if below else [])
-
-
-def trajectory_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
-    log, top = logs[view.run], max(5, min(11, height // 3)) if height >= 14 else 0
-    sample = on_screen(view, log)
-    rows = strip_panel(view, log, sample)(width, top) if top else []
-    return rows + trajectory(view, log, sample, width, height - top)
+    lines = view.log.once("carpet", (history.edition, it, w, h), draw)
+    return lines + (strip_panel(view, None)(w, below) if below else [])
 
 
-def sample_keys(view: View, log: Log) -> list[tuple[int, int]]:
-    """(it, s) of the newest 2000 samples that pass the filter, in the order asked for."""
-    samples = log.run.samples
-    keys = [(it, s) for it in sorted(samples, reverse=True) for s in sorted(samples[it])][:2000]
-    if view.filter:
-        keys = [key for key in keys if view.filter.lower() in log.brief(*key)[2].lower()]
-    if view.sort != "newest":
-        keys.sort(key=lambda key: -log.brief(*key)[view.sort == "length"])
-    return keys
+def trajectory_view(view: View, w: int, h: int) -> list[Line]:
+    sample, top = view.sample(), max(5, min(11, h // 3)) if h >= 14 else 0
+    lines = strip_panel(view, sample)(w, top) if top else []
+    return lines + trajectory(view, sample, w, h - top)
 
 
-def samples_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
+def sample_line(sample: Sample, here: bool) -> Line:
+    sign = {True: "✓", False: "✗"}.get(sample.ok, "")
+    adv = num(statistics.fmean(finite(sample.adv))) if finite(sample.adv) else "-"
+    parts = [f"{name} {num(value)}" for name, value in sample.rw.items() if name != "reward"]
+    words = " ".join("".join(map(clean, sample.tok)).split())
+    style = "bold fg" if here else "dim"
+    return [
+        ("▸ " if here else "  ", "sky"),
+        (f"{sample.it:>5} {sample.p:>6} {sample.g:>3} ", style),
+        (f"{sign:>1} {num(sample.reward):>7}", "teal" if sample.ok else "orange"),
+        (f" {adv:>7} {sample.length:>4}  {' '.join(parts)}  {words}", style),
+    ]
+
+
+def samples_view(view: View, w: int, h: int) -> list[Line]:
     """A table of the logged samples, and the group of the one under the cursor side by side."""
-    log, look = logs[view.run], view.look
-    keys, here = sample_keys(view, log), key_of(view, log)
-    below = height * 2 // 5 if height >= 16 else 0
+    log, keys, here = view.log, view.keys(), view.key()
+    sample, below = log.sample(*here) if here else None, h * 2 // 5 if h >= 16 else 0
 
-    def line(key: tuple[int, int]) -> Row:
-        sample, bold = log.sample(*key) or Sample(*key), key == here
-        sign = {True: look("yes"), False: look("no")}.get(sample.ok, "")
-        adv = num(statistics.fmean(finite(sample.adv))) if finite(sample.adv) else "-"
-        parts = [f"{name} {num(v)}" for name, v in sample.rw.items() if name != "reward"]
-        words = " ".join("".join(clean(token, look) for token in sample.tok).split())
-        style = f"bold {look.fg}" if bold else look.dim
-        return [(f"{look('here') if bold else ' '} ", look.sky),
-                (f"{sample.it:>5} {sample.p:>6} {sample.g:>3} ", style),
-                (f"{sign:>1} {num(sample.reward):>7}", look.teal if sample.ok else look.orange),
-                (f" {adv:>7} {sample.len:>4}  {' '.join(parts)}  {words}", style)]
-
-    def table(w: int, h: int) -> list[Row]:
+    def table(w: int, h: int) -> list[Line]:
         at = keys.index(here) if here in keys else 0
-        start = max(0, min(at - h // 2, len(keys) - h + 1))
-        return [[(f"  {'it':>5} {'prompt':>6} {'g':>3}    reward     adv  len", look.dim)],
-                *map(line, keys[start : start + h - 1])]
+        shown = keys[max(0, min(at - h // 2, len(keys) - h + 1)) :][: h - 1]
+        lines = [
+            sample_line(
+                log.sample(*key) or Sample({"it": key[0], "s": key[1], "tok": [], "rev": []}),
+                key == here,
+            )
+            for key in shown
+        ]
+        return [[(f"  {'it':>5} {'prompt':>6} {'g':>3}    reward     adv  len", "dim")], *lines]
 
     def member(one: Sample) -> Draw:
-        return panel(f"sample {one.s} {look('sep')} reward {num(one.reward)}",
-                     lambda w, h: prose(one, one.T, w, h, look, view.colour), look,
-                     hot=one is sample)
+        picture = Picture(one, one.T, view.colour)
+        title = f"sample {one.s} · reward {num(one.reward)}"
+        return panel(title, picture.prose, hot=one is sample)
 
-    table = table if keys else say("no sample", look)
-    rows = panel("samples", table, look, f"{len(keys)} by {view.sort}")(width, height - below)
-    sample = log.sample(*here) if here else None
+    draw = table if keys else message("no sample")
+    lines = panel("samples", draw, f"{len(keys)} by {view.sort}")(w, h - below)
     if not below or sample is None:
-        return rows
-    same = log.group(sample)
-    shown = same[max(0, same.index(sample) - 3) :][: max(1, min(4, width // 30))]
-    return rows + grid([member(one) for one in shown], len(shown), 1, width, below)
+        return lines
+    group = log.group(sample)
+    shown = group[max(0, group.index(sample) - 3) :][: max(1, min(4, w // 30))]
+    return lines + grid([member(one) for one in shown], len(shown), 1, w, below)
 
 
-def metric_names(view: View, logs: Sequence[Log]) -> list[str]:
-    """What view 5 shows: the curated metrics first; only those that match a filter."""
-    names = dict.fromkeys(name for log in logs for name in log.run.series)
-    names = dict.fromkeys([name for name in CURATED if name in names] + list(names))
-    return [name for name in names if view.filter.lower() in name.lower()]
-
-
-def curves_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
-    look, names = view.look, metric_names(view, logs)
+def curves_view(view: View, w: int, h: int) -> list[Line]:
+    names = view.metrics()
     if not names:
         text = "no metric matches" if view.filter else "waiting for the first update"
-        return panel("curves", say(text, look), look)(width, height)
+        return panel("curves", message(text))(w, h)
     pick = min(view.pick, len(names) - 1)
 
-    def page() -> list[Row]:
+    def page() -> list[Line]:
+        across, down = max(1, min(3, w // 38)), max(1, min(3, h // 7))
         if view.zoom:
-            return curve_panel(view, logs, names[pick], hot=True)(width, height)
-        across, down = max(1, min(3, width // 38)), max(1, min(3, height // 7))
+            return curve_panel(view, names[pick], hot=True)(w, h)
         first = pick - pick % (across * down)
-        draws = [curve_panel(view, logs, name, hot=name == names[pick])
-                 for name in names[first : first + across * down]]
-        return grid(draws, across, down, width, height)
+        shown = names[first : first + across * down]
+        draws = [curve_panel(view, name, hot=name == names[pick]) for name in shown]
+        return grid(draws, across, down, w, h)
 
-    key = (width, height, view.zoom, view.it, view.smooth, view.log, view.filter, view.run, look,
-           pick, *(log.run.edition for log in logs))
-    return logs[0].once("curves", key, page)
+    settings = (w, h, view.zoom, view.it, view.smooth, view.log_scale, view.filter, view.run, pick)
+    editions = (log.history.edition for log in view.logs)
+    return view.logs[0].once("curves", (*settings, *editions), page)
 
 
-def run_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
+def summary(log: Log) -> dict:
+    """The last state of a run; numbers that JSON does not have are strings."""
+    history, meta, (state, age) = log.history, log.history.meta, log.status()
+
+    def safe(values: dict) -> dict:
+        lost = {k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+        return {k: str(v) if k in lost else v for k, v in values.items()}
+
+    # fmt: off
+    return {
+        "run": log.name, "log": str(log.path), "status": state, "age_s": round(age, 1),
+        "host": meta.get("host"), "pid": meta.get("pid"), "git": meta.get("git"),
+        "command": shlex.join(map(str, meta.get("argv") or ())),
+        "task": meta.get("task"), "model": meta.get("model"),
+        "sizes": "  ".join(f"{name} {history.size(name)}" for name in "T K C block N G".split()),
+        "phase": history.phase, "it": history.it, "done": history.done,
+        "iters": history.size("iters"), "checkpoint": history.ckpt.get("path"),
+        "error": (history.end or {}).get("err"), "lines": history.lines, "bad_lines": history.bad,
+        "metrics": safe({name: history.latest(name) for name in history.series}),
+        "evals": {it: safe(e) for it, e in history.evals.items()}, "alerts": history.alerts[-20:],
+    }
+    # fmt: on
+
+
+def run_view(view: View, w: int, h: int) -> list[Line]:
     """Where the run is, how far, how fast and with which settings; its alerts and last events."""
-    log, look = logs[view.run], view.look
-    run, meta, (state, age) = log.run, log.run.meta, log.status()
-    argv = meta.get("argv")
-    facts = {
-        "state": f"{state}, last event {span(age)} ago", "log": log.path,
-        "model": meta.get("model"), "task": meta.get("task"),
-        "machine": f"{meta.get('host')}, process {meta.get('pid')}", "git": meta.get("git"),
-        "command": " ".join(map(str, argv)) if isinstance(argv, list) else argv,
-        "sizes": "  ".join(f"{name} {run.size(name)}" for name in "T K C block N G".split()),
-        "updates": f"{run.done} of {run.size('iters')}", "checkpoint": run.ckpt.get("path"),
-        "events": f"{run.lines} lines, {run.bad} unreadable", "error": (run.end or {}).get("err")}
-    for it, e in list(run.evals.items())[-3:]:
-        between = f" ({e['lo']:.1%} to {e['hi']:.1%})" if "lo" in e and "hi" in e else ""
-        facts[f"eval at {it}"] = f"{e['accuracy']:.1%}{between} of {e['n']} {e['split']}"
+    history, below, wide = view.history, h * 2 // 5, w >= 80
+    facts = {name: v for name, v in summary(view.log).items() if not isinstance(v, (dict, list))}
+    for it, e in list(history.evals.items())[-3:]:
+        facts[f"eval at {it}"] = f"{e['accuracy']:.1%} of {e['n']} {e['split']}"
+    for name in [name for name in history.series if name.startswith("t/")]:
+        facts[name] = f"{num(history.latest(name))} s"
 
-    def table(pairs: dict) -> list[Row]:
-        return [[(f"{name:<13} ", look.dim), (clean(str(value)), look.fg)]
-                for name, value in pairs.items() if value not in (None, "")]
+    def table(facts: object, skip: int) -> Draw:
+        known = facts.items() if isinstance(facts, dict) else ()
+        pairs = [(name, clean(str(value))) for name, value in known if value not in (None, "")]
+        lines = [[(f"{name:<13} ", "dim"), (value, "fg")] for name, value in pairs]
+        return lambda w, h: lines[skip:]
 
-    left, times = table(facts), run.seconds()
-    for name, value in times.items():
-        share = value / (sum(finite(times.values())) or 1.0) if math.isfinite(value) else 0.0
-        left.append([(f"{name:<13} ", look.dim), (f"{num(value):>6} s ", look.fg),
-                     (look("full") * round(20 * share), look.sky)])
-    cfg = meta.get("cfg") if isinstance(meta.get("cfg"), dict) else {}
-    news = [[(f"it {it:>4} {level:<5} ", look.dim), (clean(message), look.orange)]
-            for it, level, message in reversed(run.alerts)]
-    tail = [[(clean(line.decode(errors="replace")), look.dim)] for line in reversed(run.recent)]
-    below, skip = height * 2 // 5, view.pick
-    widths = divide(width, 5, 3) if width >= 80 else [width]
-    rows = beside(height - below, widths,
-                  panel("run", lambda w, h: left[skip if len(widths) == 1 else 0 :], look),
-                  panel("config", lambda w, h: table(cfg)[skip:], look))
-    return rows + panel(f"alerts ({len(news)}) and the last events",
-                        lambda w, h: news[: h // 2] + tail, look)(width, below)
+    alerts = [f"it {it:>4} {level:<5} {clean(text)}" for it, level, text in history.alerts[::-1]]
+    news = [[(text, "orange")] for text in alerts[: below // 2]]
+    tail = [[(clean(line.decode(errors="replace")), "dim")] for line in reversed(history.recent)]
+    left = panel("run", table(facts, 0 if wide else view.pick))
+    right = panel("config", table(history.meta.get("cfg"), view.pick))
+    last = panel(f"alerts ({len(alerts)}) and the last events", lambda w, h: news + tail)
+    return beside(h - below, divide(w, 5, 3) if wide else [w], left, right) + last(w, below)
 
 
-KEYS = {
-    "1-6, tab": "overview, entropy, trajectory, samples, curves, run; tab goes round",
-    "left right, h l": "denoising step, ten with shift (H L); in a zoomed chart the iteration",
-    "home end, 0 $": "first and last of them",
-    "n N": "next and previous selected step; in 2, 5 and 6 the next and previous alert",
-    "space, < >": "play the denoising; slower, faster",
-    "up down, k j": "sample; iteration in 2, chart in 5, scrolling in 6, run when comparing",
-    "PgUp PgDn, K J": "iteration",
-    "g G": "first iteration; newest, and follow",
-    "f": "follow the newest or not; moving by hand turns it off",
-    "c": "colour of tokens: step, entropy, none",
-    "x": "at selected steps: the one-step completion that EGSPO-SA scored there",
-    "s": "smoothing 0, .6, .8, .95; in 4 the order of the table",
-    "y": "logarithmic charts",
-    "/, esc": "filter metrics or samples; clear and back",
-    "enter": "zoom a chart; open a sample",
-    "p, a, t": "palette; characters: braille, block, ascii; dark or light",
-    "e": "save this screen beside the log as svg and text",
-    "?, q, ctrl+c": "this help; quit (the trainer never notices)",
-}
+# ==== keys ========================================================================================
 
 
+@dataclass(frozen=True)
+class Key:
+    """Keys that do one thing, where they do it, and what the footer and the help say of it."""
 
-def help_view(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
-    rows = [[(f"{keys:<16} ", f"bold {view.look.orange}"), (text, view.look.fg)]
-            for keys, text in KEYS.items()]
-    return panel("keys", lambda w, h: rows[view.pick :], view.look)(width, height)
+    label: str  # keys with the same label share a line of the help
+    keys: dict[str, object]  # what each passes to the action
+    action: Callable[[View, object], str | None]
+    help: str
+    hint: str = ""
+    where: str = ""  # places of View; "" is everywhere
 
+
+# fmt: off
+FAR = 10**9
+ACROSS = {"left": -1, "h": -1, "shift+left": -10, "H": -10, "home": -FAR, "0": -FAR,
+          "right": 1, "l": 1, "shift+right": 10, "L": 10, "end": FAR, "$": FAR}
+DOWN = {"up": -1, "k": -1, "down": 1, "j": 1}
+PAGE = {"pageup": -1, "K": -1, "pagedown": 1, "J": 1}
+ROW = {key: 3 * by for key, by in DOWN.items()}
+NEXT = {"n": 1, "N": -1}
+OTHER_VIEW = {str(n): dict(number=n, zoom=False, help=False, pick=0) for n in range(1, 7)}
+FILTER = dict(typing=True, filter="", pick=0)
+CLEAR = dict(help=False, zoom=False, filter="")
+V = View
+
+KEYS = (
+    Key("1-6, tab", OTHER_VIEW, V.put, ", ".join(VIEWS)),
+    Key("1-6, tab", {"tab": 1, "shift+tab": -1}, V.turn, "tab goes round"),
+    Key("left right, h l", ACROSS, V.move_step, "denoising step", "h/l step", "12346c"),
+    Key("left right, h l", ACROSS, V.move_chart, "chart in 5", "", "5"),
+    Key("left right, h l", ACROSS, V.move_iteration, "iteration if zoomed", "h/l iteration", "z"),
+    Key("shift, H L", {}, V.put, "ten of them; home end, 0 $: first and last of them"),
+    Key("n N", NEXT, V.move_chosen, "next and previous selected step", "n chosen", "134c"),
+    Key("n N", NEXT, V.move_alert, "alert in 2, 5 and 6", "n alert", "256z"),
+    Key("space, < >", {"space": 0}, V.play_or_pause, "play the denoising", "space play", "1234c"),
+    Key("space, < >", {"<": 0.5, ">": 2.0}, V.change_speed, "slower, faster"),
+    Key("up down, k j", DOWN, V.move_sample, "sample", "j/k sample", "134"),
+    Key("up down, k j", DOWN, V.move_iteration, "iteration in 2", "j/k iteration", "2z"),
+    Key("up down, k j", ROW, V.move_chart, "chart in 5", "j/k chart", "5"),
+    Key("up down, k j", DOWN, V.scroll, "scrolling in 6 and here", "j/k scroll", "6?"),
+    Key("up down, k j", DOWN, V.move_run, "run when comparing", "j/k run", "c"),
+    Key("PgUp PgDn, K J", PAGE, V.move_iteration, "iteration"),
+    Key("g G", {"g": dict(it=0, s=0)}, V.stay, "first iteration"),
+    Key("g G", {"G": None}, V.newest, "newest, and follow"),
+    Key("x", {"x": "guess"}, V.cycle, "the guess scored at a selected step", "x guess", "134c"),
+    Key("c", {"c": "colour"}, V.cycle, "colour of tokens: step, entropy, none"),
+    Key("s", {"s": "sort"}, V.cycle, "order of the table in 4", "s sort", "4"),
+    Key("s", {"s": "smooth"}, V.cycle, "else smoothing 0, .6, .8, .95", "s smooth", "12356zc?"),
+    Key("y", {"y": "log_scale"}, V.cycle, "logarithmic charts"),
+    Key("/, esc", {"/": FILTER}, V.put, "filter samples in 4", "/ filter", "4"),
+    Key("/, esc", {"/": FILTER | {"number": 5}}, V.put, "else metrics", "/ filter", "12356zc?"),
+    Key("/, esc", {"escape": CLEAR}, V.put, "clear and back"),
+    Key("enter", {"enter": "zoom"}, V.cycle, "zoom a chart", "enter zoom", "5z"),
+    Key("enter", {"enter": dict(number=3)}, V.stay, "open a sample", "enter open", "12346c"),
+    Key("a, t", {"a": "ascii", "t": "light"}, V.cycle, "nothing but ASCII; dark or light"),
+    Key("e", {"e": "save"}, V.ask_app, "save this screen beside the log as svg and text"),
+    Key("f", {"f": 0}, V.follow_or_stay, "follow the newest; a manual move stops it", "f follow"),
+    Key("?, q, ctrl+c", {"?": "help"}, V.cycle, "this help", "? help"),
+    Key("?, q, ctrl+c", {"q": "quit"}, V.ask_app, "quit (the trainer never notices)", "q quit"),
+)
+# fmt: on
+
+
+def press(view: View, key: str) -> str:
+    """What a key does to the view; returns "quit" or "save" for what is not the view's to do."""
+    view.note = ""
+    if view.typing:
+        view.type_filter(key)
+        return ""
+    for entry in KEYS:
+        if key in entry.keys and (not entry.where or view.place in entry.where):
+            wish = entry.action(view, entry.keys[key])
+            return wish if entry.action is View.ask_app else ""
+    return ""
+
+
+def footer(view: View, w: int) -> Line:
+    """What is being typed, or what there is to say, or the keys of this place, if they fit."""
+    if view.typing or view.filter:
+        rest = "_" if view.typing else "  esc clears"
+        return bar([[(f" /{view.filter}", "bold fg"), (rest, "dim")]], w)
+    if view.note:
+        return bar([[(f" {view.note}", "orange")]], w)
+    names = [f"{i} {name}" for i, name in enumerate(VIEWS, 1)]
+    names = names if w >= 90 else [f"1-6 {VIEWS[view.number - 1]}"]
+    hints = [key.hint for key in KEYS if key.hint and view.place in (key.where or view.place)]
+    hot, parts = (VIEWS[view.number - 1], "follow" if view.follow else ""), []
+    for key, word in (hint.split(" ", 1) for hint in names + hints):
+        style = "bold fg" if word in hot else "dim"
+        parts.append([(f" {key} ", "bold orange"), (f"{word} ", style)])
+    return bar(parts, w)
+
+
+def help_view(view: View, w: int, h: int) -> list[Line]:
+    lines: dict[str, Line] = {}
+    for key in KEYS:
+        line = lines.setdefault(key.label, [(f"{key.label:<16} ", "bold orange")])
+        line.append((f"{key.help}; ", "fg"))
+    return panel("keys", lambda w, h: list(lines.values())[view.pick :])(w, h)
+
+
+# ---- the whole frame -----------------------------------------------------------------------------
 
 SCREENS = (overview, entropy_view, trajectory_view, samples_view, curves_view, run_view)
 
 
-def frame(view: View, logs: Sequence[Log], width: int, height: int) -> list[Row]:
-    """The whole terminal: exactly `height` rows of `width` cells."""
-    if width < 20 or height < 5:
-        return block([[("needs 20x5", "")]], width, height)
+def frame(view: View, w: int, h: int) -> list[Line]:
+    """The whole terminal: exactly `h` lines of `w` cells."""
+    if w < 20 or h < 5:
+        return message("needs 20x5")(w, h)
     screen = help_view if view.help else SCREENS[view.number - 1]
-    body = block(screen(view, logs, width, height - 2), width, height - 2)
-    return [header(view, logs[view.run], width), *body, footer(view, len(logs), width)]
+    lines = [header(view, w), *fill(screen(view, w, h - 2), w, h - 2), footer(view, w)]
+    if view.ascii:
+        return [[(text.translate(ASCII), style) for text, style in line] for line in lines]
+    return lines
 
 
-# ---- out of the terminal -------------------------------------------------------------------------
+def plain(lines: Iterable[Line]) -> str:
+    return "\n".join("".join(text for text, _ in line).rstrip() for line in lines)
 
 
-def plain(rows: Iterable[Row]) -> str:
-    return "\n".join("".join(text for text, _ in row).rstrip() for row in rows)
+def svg(lines: Sequence[Line], light: bool = False) -> str:
+    """A screen as a picture, by Rich; without the font that its template loads from the web."""
+    from rich.console import CONSOLE_SVG_FORMAT, Console
+    from rich.segment import SegmentLines
+
+    painted = [[Segment(text, paint(style, light)) for text, style in line] for line in lines]
+    page = Console(record=True, width=max(map(cells, lines), default=1), file=io.StringIO())
+    page.print(SegmentLines(painted, new_lines=True), end="")
+    code = re.sub(r"@font-face {{.*?}}|<!--.*?-->", "", CONSOLE_SVG_FORMAT, flags=re.S)
+    code = code.replace("<svg", '<svg xml:space="preserve"').replace("{char_height}px", "21px")
+    code = code.replace("Fira Code", "DejaVu Sans Mono, Menlo, Consolas")  # 21px: bars touch
+    return page.export_svg(title="tui.py", code_format=code, font_aspect_ratio=0.632)
 
 
-ARMS = {"─": "lr", "│": "ud", "┤": "lud", "╭": "rd", "╮": "ld", "╰": "ru", "╯": "lu"}
-ARM = {"l": (0, 0.47, 0.55, 0.06), "r": (0.45, 0.47, 0.55, 0.06), "u": (0.45, 0, 0.1, 0.5),
-       "d": (0.45, 0.5, 0.1, 0.5)}
-
-
-def shapes(c: str) -> list[tuple[float, float, float, float]]:
-    """The rectangles (x, y, width, height in cells) of a character; none if it is a letter."""
-    if c in ARMS:
-        return [ARM[arm] for arm in ARMS[c]]
-    if c == "━":
-        return [(0, 0.42, 1, 0.16)]
-    if "▁" <= c <= "█":
-        size = (ord(c) - 0x2580) / 8
-        return [(0, 1 - size, 1, size)]
-    if c == "░":
-        return [((x + y % 2 * 2) / 4, y / 4, 0.16, 0.08) for x in (0, 1) for y in range(4)]
-    for table, glyphs in (DOTS["block"], DOTS["braille"]):
-        bits, w, h = glyphs.find(c), 1 / len(table[0]), 1 / len(table)
-        dot = (w, h) if h == 0.5 else (0.38, 0.19)
-        if bits > 0:
-            return [(x * w, y * h, *dot) for y, line in enumerate(table)
-                    for x, bit in enumerate(line) if bits & bit]
-    return []
-
-
-def svg(rows: Sequence[Row], look: Look) -> str:
-    """A screen as a picture. Bars, dots and boxes become shapes, so that no font misplaces them."""
-    W, H, out = 9, 18, []  # pixels of a cell
-
-    def rect(x: float, y: float, w: float, h: float, colour: str) -> None:
-        out.append(f'<rect x="{x * W:g}" y="{y * H:g}" width="{w * W:g}" height="{h * H:g}" '
-                   f'fill="{colour}" shape-rendering="crispEdges"/>')
-
-    for y, row in enumerate(rows):
-        x = 0
-        for text, style in row:
-            ink, _, ground = style.partition("on ")
-            colour = (re.search(r"#\w{6}", ink) or [look.fg])[0]
-            if ground:
-                rect(x, y, cell_len(text), 1, ground)
-            start, letters = x, ""
-            for c in text:
-                for dx, dy, w, h in shapes(c):
-                    rect(x + dx, y + dy, w, h, colour)
-                letters += " " if shapes(c) else c
-                x += cell_len(c)
-            if letters.strip():
-                weight = ' font-weight="bold"' * ("bold" in ink)
-                slant = ' font-style="italic"' * ("italic" in ink)
-                place = f'x="{start * W}" y="{y * H + 13.5}" textLength="{(x - start) * W}"'
-                out.append(f'<text {place} fill="{colour}"{weight}{slant}>{escape(letters)}</text>')
-    w, h = max(map(cells, rows), default=0) * W + 16, len(rows) * H + 16
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{w}" height="{h}" '
-            f'viewBox="-8 -8 {w} {h}" font-size="15" xml:space="preserve" '
-            'font-family="DejaVu Sans Mono, Menlo, Consolas, monospace">'
-            f'<rect x="-8" y="-8" width="{w}" height="{h}" rx="8" fill="{look.bg}"/>'
-            f'{"".join(out)}</svg>\n')
-
-
-def save(view: View, logs: Sequence[Log], width: int, height: int) -> str:
+def save(view: View, w: int, h: int) -> str:
     """Write the screen beside the log as svg and text; returns what to tell."""
-    rows = frame(view, logs, width, height)
-    path = logs[view.run].path.with_name(f"screen-{time.strftime('%Y%m%d-%H%M%S')}.svg")
+    lines = frame(view, w, h)
+    path = view.log.path.with_name(f"screen-{time.strftime('%Y%m%d-%H%M%S')}.svg")
     try:
-        path.write_text(svg(rows, view.look), encoding="utf-8")
-        path.with_suffix(".txt").write_text(plain(rows) + "\n", encoding="utf-8")
+        path.write_text(svg(lines, view.light), encoding="utf-8")
+        path.with_suffix(".txt").write_text(plain(lines) + "\n", encoding="utf-8")
     except OSError as error:
         return f"not saved: {error}"
     return f"saved {path} and .txt"
@@ -1562,145 +1530,15 @@ def save(view: View, logs: Sequence[Log], width: int, height: int) -> str:
 
 # ==== app =========================================================================================
 
-FAR = 10**9
-ACROSS = {"left": -1, "h": -1, "shift+left": -10, "H": -10, "home": -FAR, "0": -FAR,
-          "right": 1, "l": 1, "shift+right": 10, "L": 10, "end": FAR, "$": FAR}
-DOWN = {"up": -1, "k": -1, "down": 1, "j": 1}
-PAGE = {"pageup": -1, "K": -1, "pagedown": 1, "J": 1}
-CYCLES = {"c": "colour", "x": "guess", "s": "smooth", "y": "log", "p": "palette", "a": "glyphs",
-          "t": "light"}  # keys that go round the values of something
-VALUES = {"colour": ("step", "entropy", "none"), "smooth": (0.0, 0.6, 0.8, 0.95),
-          "sort": ("newest", "reward", "length"), "palette": tuple(PALETTES),
-          "glyphs": tuple(GLYPHS)}
 
-
-def clamp(value: int, length: int) -> int:
-    """The nearest index into so many items."""
-    return max(0, min(value, length - 1))
-
-
-def press(view: View, key: str, logs: Sequence[Log]) -> str:
-    """What a key does to the view; returns "quit" or "save" for what is not the view's to do."""
-    log, run, view.note = logs[view.run], logs[view.run].run, ""
-    if view.typing:
-        view.typing = key not in ("escape", "enter")
-        view.filter = "" if key == "escape" else view.filter[:-1] if key == "backspace" else (
-            view.filter + {"space": " "}.get(key, key if len(key) == 1 else ""))
-        return ""
-    across, down, page = ACROSS.get(key, 0), DOWN.get(key, 0), PAGE.get(key, 0)
-    charts = view.number == 5
-    match key:
-        case _ if down and (view.help or view.number == 6):
-            view.pick = max(0, view.pick + down)
-        case _ if (across or down) and charts and not view.zoom:
-            view.pick = clamp(view.pick + across + 3 * down, len(metric_names(view, logs)))
-        case _ if page or across and charts or down and view.number == 2:
-            its = sorted(run.entropy) or [0]
-            at = bisect_left(its, its[-1] if view.it is None else view.it)
-            view.it = its[clamp(at + (page or across or down), len(its))]
-            view.follow = view.playing = False
-        case _ if down and view.number == 1 and len(logs) > 1:
-            view.run = clamp(view.run + down, len(logs))
-        case _ if down:  # the next row of the table in view 4; else the next sample, then iteration
-            keys = sample_keys(view, log) if view.number == 4 else sample_keys(View(), log)[::-1]
-            stay(view, log)
-            if keys:
-                here = (view.it, view.s)
-                at = keys.index(here) + down if here in keys else 0
-                view.it, view.s = keys[clamp(at, len(keys))]
-        case _ if across:
-            sample = stay(view, log)
-            view.t = clamp(step_of(view, sample) + across, sample.T) if sample else None
-        case "1" | "2" | "3" | "4" | "5" | "6":
-            view.number, view.zoom, view.help, view.pick = int(key), False, False, 0
-        case "tab" | "shift+tab":
-            press(view, str((view.number - (0 if key == "tab" else 2)) % 6 + 1), logs)
-        case "n" | "N" if view.number in (2, 5, 6):
-            here, ahead = run.it if view.it is None else view.it, key == "n"
-            alerts = [a for a in run.alerts if (a[0] > here if ahead else a[0] < here)]
-            if alerts:
-                view.it, _, message = min(alerts) if ahead else max(alerts)
-                view.note, view.follow = f"it {view.it}: {message}", False
-        case "n" | "N":
-            sample = stay(view, log)
-            if sample and sample.sel:
-                chosen, t = sorted(sample.sel), step_of(view, sample)
-                at = bisect_left(chosen, t + 1) if key == "n" else bisect_left(chosen, t) - 1
-                view.t = chosen[at % len(chosen)]
-        case "space":
-            playing, sample = view.playing, stay(view, log)
-            view.playing = not playing and sample is not None
-            if view.playing and step_of(view, sample) >= sample.T - 1:
-                view.t = -1
-        case "<" | ">":
-            view.speed = max(1.0, min(64.0, view.speed * (2 if key == ">" else 0.5)))
-            view.note = f"{view.speed:g} steps a second"
-        case "g":
-            stay(view, log)
-            view.it, view.s = 0, 0
-        case "G" | "f" if key == "G" or not view.follow:
-            view.it, view.t, view.follow, view.playing = None, None, True, False
-        case "f":
-            stay(view, log)
-        case _ if key in CYCLES:
-            name = "sort" if key == "s" and view.number == 4 else CYCLES[key]
-            values, of = VALUES.get(name, (False, True)), view if hasattr(view, name) else view.look
-            value = values[(values.index(getattr(of, name)) + 1) % len(values)]
-            if of is view:
-                setattr(view, name, value)
-            else:
-                view.look = replace(view.look, **{name: value})
-            view.note = f"{name}: {value}"
-        case "/":
-            view.typing, view.filter, view.pick = True, "", 0
-            view.number = view.number if view.number == 4 else 5
-        case "escape":
-            view.help, view.zoom, view.filter = False, False, ""
-        case "enter" if charts:
-            view.zoom = not view.zoom
-        case "enter":
-            stay(view, log)
-            view.number = 3
-        case "?":
-            view.help, view.pick = not view.help, 0
-        case "q":
-            return "quit"
-        case "e":
-            return "save"
-    return ""
-
-
-def stay(view: View, log: Log) -> Sample | None:
-    """Stop following: keep what is on the screen, whatever arrives. The sample that this leaves."""
-    view.follow = view.playing = False
-    key = key_of(view, log)
-    if key is None:
-        return None
-    view.it, view.s = key
-    return log.sample(*key)
-
-
-def play(view: View, log: Log) -> None:
-    """One step of the playback."""
-    sample = on_screen(view, log)
-    last = sample.T - 1 if sample else 0
-    view.t = min((-1 if view.t is None else view.t) + 1, last)
-    view.playing = view.t < last
-
-
-def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
+def make_app(view: View, hz: float = 4.0):
     """The Textual app. With hz 0 it reads only when somebody calls its `pump`."""
-    from rich.style import Style
     from textual import events
     from textual.app import App, ComposeResult
     from textual.binding import Binding
     from textual.geometry import Region
     from textual.strip import Strip
     from textual.widget import Widget
-
-    def cut(line: Strip, x: int) -> bool:
-        """Whether a wide character stands on both sides of column x."""
-        return line.crop(0, x).text + line.crop(x).text != line.text
 
     class Slice(Widget):
         """Some columns of the screen. Textual repaints a line of a widget from its left edge on, so
@@ -1721,18 +1559,21 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
             elif changed:
                 self.refresh(*(Region(0, y, width, 1) for y in changed))
 
+    def splits(line: Strip, x: int) -> bool:
+        """Whether a wide character stands on both sides of column x."""
+        return line.crop(0, x).text + line.crop(x).text != line.text
+
     class Monitor(App):
         """Keys and time change the view and the logs; `draw` shows them."""
 
         CSS = "Screen { layout: horizontal; overflow: hidden; } Slice { height: 100%; width: 1; }"
         ENABLE_COMMAND_PALETTE = False
-        BINDINGS = [Binding("ctrl+c", "quit", priority=True),
-                    Binding("tab", "press('tab')", priority=True),
-                    Binding("shift+tab", "press('shift+tab')", priority=True)]
-
+        BINDINGS = [
+            Binding("ctrl+c", "quit", priority=True),
+            *(Binding(k, f"press('{k}')", priority=True) for k in ("tab", "shift+tab")),
+        ]
         told: list[tuple] = []  # what `news` was when the frame was drawn
-        kept: dict[tuple, Strip] = {}  # by row
-        base: Style | None = None
+        kept: dict[tuple, Strip] = {}  # by line and theme
         drawn = stepped = 0.0
 
         def compose(self) -> ComposeResult:
@@ -1747,19 +1588,18 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
             self.call_next(self.draw)  # after Textual has taken the new size in
 
         def draw(self) -> None:
-            base = Style.parse(f"{view.look.fg} on {view.look.bg}")
-            rows = [tuple(row) for row in frame(view, logs, *self.size)]
-            kept = self.kept if base == self.base else {}
-            self.kept, self.base = {}, base
-            for row in rows:
-                self.kept[row] = kept.get(row) or Strip(
-                    [Segment(text, base + Style.parse(style)) for text, style in row])
             self.told, self.drawn = self.news(), time.monotonic()
-            lines, slices, ends = [self.kept[row] for row in rows], list(self.query(Slice)), [0]
+            keys = [(view.light, *line) for line in frame(view, *self.size)]
+            kept, self.kept = self.kept, {}
+            for light, *line in keys:
+                fresh = Strip([Segment(text, paint(style, light)) for text, style in line])
+                self.kept[light, *line] = kept.get((light, *line)) or fresh
+            lines, slices = [self.kept[key] for key in keys], list(self.query(Slice))
             wide = [line for line in lines if any(cell_len(c) > 1 for c in set(line.text))]
+            ends = [0]
             for i in range(1, len(slices) + 1):
                 end = max(ends[-1], self.size.width * i // len(slices))
-                while end > ends[-1] and any(cut(line, end) for line in wide):
+                while end > ends[-1] and any(splits(line, end) for line in wide):
                     end -= 1
                 ends.append(end)
             columns = zip(*(line.divide(ends[1:]) for line in lines))
@@ -1768,13 +1608,12 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
 
         def news(self) -> list[tuple]:
             """What makes a new frame necessary, keys apart: events, the state, growing silence."""
-            states = [(log.run.lines, *log.status()) for log in logs]
-            return [(lines, state, int(age) if age >= 5 and state in GOING else 0)
-                    for lines, state, age in states]
+            states = [(log.history.lines, *log.status()) for log in view.logs]
+            return [(n, s, int(age) if age >= 5 and s in GOING else 0) for n, s, age in states]
 
         def pump(self) -> None:
             """Read what is new, for 40 ms at most, and show it; go on at once if there is more."""
-            behind = any([log.poll() for log in logs])
+            behind = any([log.poll() for log in view.logs])
             hurry = behind and time.monotonic() < self.drawn + 0.5
             if not hurry and self.told != self.news():
                 self.draw()
@@ -1782,19 +1621,19 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
                 self.set_timer(0.01, self.pump)
 
         def advance(self) -> None:
-            if view.playing and time.monotonic() - self.stepped >= 1 / view.speed:
-                self.stepped = time.monotonic()
-                play(view, logs[view.run])
-                self.draw()
-            elif not view.playing:
+            if not view.playing:
                 self.player.pause()
+            elif time.monotonic() - self.stepped >= 1 / view.speed:
+                self.stepped = time.monotonic()
+                view.play()
+                self.draw()
 
         def action_press(self, key: str) -> None:
-            wish = press(view, key, logs)
+            wish = press(view, key)
             if wish == "quit":
                 self.exit()
             elif wish == "save":
-                view.note = save(view, logs, *self.size)
+                view.note = save(view, *self.size)
             elif view.playing and hz:
                 self.player.resume()
             self.draw()
@@ -1806,7 +1645,7 @@ def make_app(logs: Sequence[Log], view: View, hz: float = 4.0):
     return Monitor()
 
 
-# ---- command line --------------------------------------------------------------------------------
+# ==== command line ================================================================================
 
 
 def find(name: str | None) -> Path:
@@ -1822,40 +1661,24 @@ def find(name: str | None) -> Path:
     return path / "events.jsonl" if path.is_dir() else path
 
 
-def summary(log: Log) -> dict:
-    """The last state of a run for scripts; numbers that JSON does not have are strings."""
-    run, (state, age) = log.run, log.status()
-
-    def safe(values: dict) -> dict:
-        floats = {name: v for name, v in values.items() if isinstance(v, float)}
-        return values | {name: str(v) for name, v in floats.items() if not math.isfinite(v)}
-
-    return {"run": log.name, "log": str(log.path), "status": state, "age_s": round(age, 1),
-            "it": run.it, "done": run.done, "iters": run.size("iters"), "phase": run.phase,
-            "task": run.meta.get("task"), "model": run.meta.get("model"),
-            "metrics": safe({name: run.latest(name) for name in run.series}),
-            "evals": {it: safe(e) for it, e in run.evals.items()}, "alerts": run.alerts[-20:],
-            "checkpoint": run.ckpt.get("path"), "lines": run.lines, "bad_lines": run.bad}
-
-
-def follow(log: Log, hz: float) -> None:
+def print_lines(log: Log, hz: float) -> None:
     """Print a line for each iteration, evaluation and alert, until the run has ended."""
     told: set[tuple] = set()
     while True:
-        behind, run = log.poll(), log.run
-        names = [name for name in HEALTH if name in run.series][:8]
-        lines = {(it, 2, f"{level}  {message}") for it, level, message in run.alerts}
-        for it, e in run.evals.items():
+        behind, history = log.poll(), log.history
+        names = [name for name in METRICS if name in history.series][:8]
+        lines = {(it, 2, f"{level}  {text}") for it, level, text in history.alerts}
+        for it, e in history.evals.items():
             lines.add((it, 0, f"eval  accuracy {e['accuracy']:.1%} of {e['n']}"))
-        for it in run.series[names[0]] if names else ():
-            values = [f"{name} {num(run.series[name].get(it))}" for name in names]
+        for it in history.series[names[0]] if names else ():
+            values = [f"{name} {num(history.series[name].get(it))}" for name in names]
             lines.add((it, 1, "  ".join(values)))
         for it, _, text in sorted(lines - told):
             print(f"it {it:>5}  {text}", flush=True)
         told |= lines
         state = log.status()[0]
         if not behind and state not in (*GOING, "waiting"):
-            print(f"{state} after {run.done} updates", flush=True)
+            print(f"{state} after {history.done} updates", flush=True)
             return
         time.sleep(0 if behind else 1 / hz)
 
@@ -1865,7 +1688,8 @@ def arguments() -> argparse.Namespace:
         usage="python tui.py [RUN ...] [options]",
         description="Watch a training run, look at one that is over, compare several.",
         epilog="Exit codes: 0 fine, 2 no such run, 3 the log is newer than this program.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=100))
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=100),
+    )
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folder or events.jsonl (default: newest in runs/)")
     add = parser.add_argument_group("instead of the live screen").add_argument
@@ -1884,55 +1708,63 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument_group("how").add_argument
     add("--replay", type=float, default=0.0, metavar="SPEED", help="a log as if being written")
     add("--hz", type=float, default=4.0, metavar="N", help="looks at the log a second (default: 4)")
-    add("--palette", default="viridis", choices=PALETTES, metavar="NAME", help=", ".join(PALETTES))
     add("--ascii", action="store_true", help="nothing but ASCII")
     add("--light", action="store_true", help="for a light terminal (default: as COLORFGBG says)")
     return parser.parse_args()
 
 
+def serve(port: int) -> int:
+    """The monitor in a browser, a process of its own for each that looks."""
+    try:
+        from textual_serve.server import Server
+    except ModuleNotFoundError:
+        print("--serve needs one more package: pip install textual-serve", file=sys.stderr)
+        return 2
+    command = shlex.join([sys.executable, __file__, *sys.argv[1:]])
+    Server(command, "127.0.0.1", port, title="tui.py").serve()
+    return 0
+
+
+def first_view(args: argparse.Namespace, logs: Sequence[Log]) -> View:
+    """What the command line asks to see."""
+    number = VIEWS.index(args.view) + 1 if args.view in VIEWS else int(args.view)
+    view = View(logs, number, args.it, args.sample or 0, args.step, guess=args.guess)
+    view.follow = args.it is args.sample is args.step is None
+    view.light = args.light or os.environ.get("COLORFGBG", "").endswith(";15")
+    view.ascii = args.ascii or not (sys.stdout.encoding or "").lower().startswith("utf")
+    return view
+
+
 def main() -> int:
     args = arguments()
-    streams = (sys.__stdin__, sys.__stdout__, sys.__stderr__)
     served = "TEXTUAL_DRIVER" in os.environ  # a browser is at the other end
     dumb = os.environ.get("TERM", "dumb") == "dumb" or os.environ.get("CI")
-    terminal = all(stream.isatty() for stream in streams) and not dumb
+    terminal = all(s.isatty() for s in (sys.__stdin__, sys.__stdout__, sys.__stderr__)) and not dumb
     asked = args.once or args.plain or args.json or args.list or args.svg
     live = not asked and (terminal or args.serve or served)
     try:
-        paths = [find(name) for name in args.runs or [None]] if not args.list else sorted(
-            Path(args.runs[0] if args.runs else "runs").glob("*/events.jsonl"))
-        missing = [path for path in paths if not path.exists()]
-        if missing and not live:
-            raise FileNotFoundError(f"no events yet: {missing[0]}")
+        if args.list:
+            paths = sorted(Path(*args.runs[:1] or ["runs"]).glob("*/events.jsonl"))
+        else:
+            paths = [find(name) for name in args.runs or [None]]
+        for path in paths:
+            if not live and not path.exists():
+                raise FileNotFoundError(f"no events yet: {path}")
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 2
     if args.serve and not served:
-        try:
-            from textual_serve.server import Server
-        except ModuleNotFoundError:
-            print("--serve needs one more package: pip install textual-serve", file=sys.stderr)
-            return 2
-        command = shlex.join([sys.executable, __file__, *sys.argv[1:]])
-        Server(command, "127.0.0.1", args.serve, title="tui.py").serve()
-        return 0
-    encoding = sys.stdout.encoding or "ascii"
-    ascii_only = args.ascii or not encoding.lower().startswith("utf")
-    look = Look(args.palette, "ascii" if ascii_only else "braille",
-                args.light or os.environ.get("COLORFGBG", "").endswith(";15"))
-    number = VIEWS.index(args.view) + 1 if args.view in VIEWS else int(args.view)
-    view = View(number, args.it, args.sample or 0, args.step, guess=args.guess, look=look,
-                follow=args.it is args.sample is args.step is None)
+        return serve(args.serve)
     logs = [Log(path, args.replay, patience=20 if live else 0) for path in paths]
     for log in logs:
         while log.poll(0.05) and not live:
             pass
-    if any(log.run.newer for log in logs):
+    if any(log.history.newer for log in logs):
         print(f"the log is newer than version {SCHEMA}: update tui.py", file=sys.stderr)
         return 3
-    size = shutil.get_terminal_size((120, 40))
+    view, size = first_view(args, logs), shutil.get_terminal_size((120, 40))
     if live:
-        app = make_app(logs, view, args.hz)
+        app = make_app(view, args.hz)
         signal.signal(signal.SIGTERM, lambda *_: app.exit())  # the terminal is put back in order
         app.run()
     elif args.list:
@@ -1940,11 +1772,12 @@ def main() -> int:
     elif args.json:
         print(json.dumps(summary(logs[0]), allow_nan=False))
     elif args.plain:
-        follow(logs[0], args.hz)
+        print_lines(logs[0], args.hz)
     elif args.svg:
-        args.svg.write_text(svg(frame(view, logs, *size), look), encoding="utf-8")
+        args.svg.write_text(svg(frame(view, *size), view.light), encoding="utf-8")
     else:
-        print(plain(frame(view, logs, *size)).encode(encoding, "replace").decode(encoding))
+        encoding = sys.stdout.encoding or "ascii"
+        print(plain(frame(view, *size)).encode(encoding, "replace").decode(encoding))
     return 0
 
 

@@ -79,8 +79,8 @@ class Session:
 def measure() -> dict[str, float]:
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        small = fake_run.write(Path(folder, "small"), kind="gsm8k", iters=60)
-        large = fake_run.write(Path(folder, "large"), kind="gsm8k", iters=1300)
+        small = fake_run.write(Path(folder, "small"), iters=60)
+        large = fake_run.write(Path(folder, "large"), iters=1300)
         session = Session(str(small))
         figures["first frame s"] = session.read(30, until=b"60/60")
         session.read(2)
@@ -97,7 +97,7 @@ def measure() -> dict[str, float]:
 
         live = Path(folder, "live", "events.jsonl")
         live.parent.mkdir()
-        events = enumerate(fake_run.events(kind="gsm8k", iters=100, start=time.time(), name="live"))
+        events = enumerate(fake_run.events(iters=100, start=time.time(), name="live"))
         write = open(live, "ab", buffering=0).write
         for q, event in itertools.islice(events, 400):
             write(fake_run.encode(event | {"ts": time.time()}, q))

@@ -2,8 +2,9 @@
 
     python bench/pictures.py runs/NAME            # writes assets/*.png; needs rsvg-convert
 
-Every picture is a frame of tui.py as it is on a terminal, drawn as shapes. The overview is the run
-as it was in the middle of a rollout (the log up to there), the others show it at its end.
+Every picture is a frame of tui.py as it is on a terminal. The overview is the run as it was in the
+middle of a rollout (the log up to there), the others show it at its end. The fonts of the machine
+are used: DejaVu Sans Mono has all the characters.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import tui  # noqa: E402
 
 def load(path: Path) -> tui.Log:
     """A log as if looked at when its last event was a second old."""
-    log = tui.Log(path, patience=0, clock=lambda: tui.stamp(log.run.recent[-1]) + 1)
+    log = tui.Log(path, patience=0, clock=lambda: tui.stamp(log.history.recent[-1]) + 1)
     log.replayed = True  # whether that process still runs does not matter
     while log.poll():
         pass
@@ -43,8 +44,8 @@ def cut(path: Path, share: float, folder: str) -> Path:
     return copy
 
 
-def picture(name: str, log: tui.Log, view: tui.View, size: tuple[int, int], folder: Path) -> None:
-    svg = tui.svg(tui.frame(view, [log], *size), view.look)
+def picture(name: str, view: tui.View, size: tuple[int, int], folder: Path) -> None:
+    svg = tui.svg(tui.frame(view, *size))
     target = folder / f"{name}.png"
     subprocess.run(["rsvg-convert", "--zoom", "2", "-o", target], input=svg.encode(), check=True)
     print(f"{target}  {target.stat().st_size / 1000:.0f} kB")
@@ -63,19 +64,18 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = tui.find(args.run)
     with tempfile.TemporaryDirectory() as folder:
-        picture("overview", load(cut(path, args.share, folder)), tui.View(), (120, 40), args.out)
+        log = load(cut(path, args.share, folder))
+        picture("overview", tui.View([log]), (120, 40), args.out)
     log = load(path)
-    late = sorted(log.run.samples)[len(log.run.samples) // 2 :]
-    samples = [log.sample(it, s) for it in late for s in log.run.samples[it]]
+    samples = log.history.samples
+    late = [log.sample(it, s) for it in sorted(samples)[len(samples) // 2 :] for s in samples[it]]
     # the one from which training had most to learn
-    sample = max((s for s in samples if s and s.sel), key=lambda s: sum(map(abs, s.adv)))
-    short = sum(tui.token_widths(sample, tui.Look())) < 100
-    rows = min(40, sample.T + 16) if short else 36
+    sample = max((s for s in late if s and s.sel), key=lambda s: sum(map(abs, s.adv)))
     step = sorted(sample.sel)[len(sample.sel) // 2]
-    view = tui.View(number=3, it=sample.it, s=sample.s, t=step, follow=False)
-    picture("trajectory", log, view, (120, rows), args.out)
-    picture("entropy", log, tui.View(number=2), (120, 40), args.out)
-    picture("curves", log, tui.View(number=5), (120, 40), args.out)
+    view = tui.View([log], 3, sample.it, sample.s, step, follow=False)
+    picture("trajectory", view, (120, 36 if sample.T > 24 else sample.T + 16), args.out)
+    picture("entropy", tui.View([log], 2), (120, 40), args.out)
+    picture("curves", tui.View([log], 5), (120, 40), args.out)
 
 
 if __name__ == "__main__":
