@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 
@@ -21,63 +20,28 @@ import egspo
 import letters  # noqa: F401  the task of these runs
 import model
 import run as running
+from processes import (
+    LETTERS,
+    REPO,
+    SMALL,
+    Forked,
+    command,
+    environment,
+    events,
+    run,
+    same,
+    train,
+    trainer,
+    weights,
+)  # fmt: skip
 from toy import toy_model
 
-REPO = Path(__file__).parents[1]
 FIXTURES = REPO / "tests" / "fixtures"
-SMALL = (
-    "--task letters --C 12 --T 6 --block 12 --B 2 --G 2 --K 2 --micro 4 --no-compile --lr 1e-2 "
-    "--eval-every 4 --save-every 2 --eval-n 4 --precision float32"
-).split()
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> Path:
     return toy_model(tmp_path_factory.mktemp("model") / "toy")
-
-
-def command(*words, ranks: int = 0) -> list[str]:
-    start = [sys.executable]
-    if ranks:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*start, str(REPO / "tests" / "letters.py"), *map(str, words)]
-
-
-def environment() -> dict:
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def run(*words, ranks: int = 0, cwd=None, **more) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*words, ranks=ranks), capture_output=True, text=True, timeout=300,
-        env=environment(), cwd=cwd, **more,
-    )  # fmt: skip
-
-
-def train(toy, out, *words, **more) -> subprocess.CompletedProcess:
-    done = run("--model", toy, *SMALL, "--out", out, *words, **more)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def events(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
-
-
-def weights(out: Path) -> dict:
-    return load_file(out / "checkpoints" / "latest" / "model.safetensors")
-
-
-def trainer(out: Path) -> dict:
-    """The step and the optimizer's numbers, flat."""
-    state = torch.load(out / "checkpoints" / "latest" / "trainer.pt", weights_only=True)
-    moments = state["optimizer"]["state"]
-    flat = {(i, name): x for i, each in moments.items() for name, x in each.items()}
-    return flat | {"step": torch.tensor(state["step"])}
-
-
-def same(a: dict, b: dict, atol: float = 0.0) -> bool:
-    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=0, atol=atol) for k in a)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +92,8 @@ def test_a_run_leaves_everything_that_the_monitor_and_a_reader_need(whole, toy):
 
 
 def test_a_checkpoint_is_a_model_and_equal_seeds_are_equal_runs(whole, toy, tmp_path):
-    train(toy, tmp_path / "again", "--steps", 6)
+    again = command("--model", toy, *SMALL, "--out", tmp_path / "again", "--steps", 6)
+    subprocess.run(again, env=environment(), check=True)  # not forked: with hashes of its own
     assert same(weights(whole), weights(tmp_path / "again"))
     done = run("--model", whole / "checkpoints" / "latest", *SMALL, "--eval-only", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -151,23 +116,20 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(whole, toy, t
     words = ["--model", toy, *SMALL, "--out", out, "--steps", 6]
     for _ in range(12):
         resume = ["--resume"] if (out / "config.json").exists() else []
-        process = subprocess.Popen(
-            command(*words, *resume), env=environment(),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        process = Forked(LETTERS, [*words, *resume])
         if kills < 4:
             lines = chance.randrange(1, 4)  # of the steps and evaluations it reports
             for line in process.stdout:
                 lines -= line.startswith(("step", "val"))
                 if lines == 0:
                     time.sleep(chance.random() * 0.05)
-                    process.send_signal(signal.SIGKILL)
+                    os.kill(process.pid, signal.SIGKILL)
                     break
-        process.communicate(timeout=120)
-        kills += process.returncode == -signal.SIGKILL
-        if process.returncode == 0:
+        done = process.wait()
+        kills += done.returncode == -signal.SIGKILL
+        if done.returncode == 0:
             break
-    assert process.returncode == 0 and kills >= 2
+    assert done.returncode == 0 and kills >= 2, done.stderr
     assert same(weights(whole), weights(out))
     assert same(trainer(whole), trainer(out))
     log, rewards = events_of_the_final_history(out), events(whole)
@@ -193,20 +155,14 @@ def events_of_the_final_history(out: Path) -> list[dict]:
 def test_a_signal_saves_and_says_so_in_its_exit_code(toy, whole, tmp_path, number, code):
     out = tmp_path / "stopped"
     words = ["--model", toy, *SMALL, "--out", out, "--steps", 6, "--save-every", 100]
-    process = subprocess.Popen(
-        command(*words),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Forked(LETTERS, words)
     for line in process.stdout:
         if line.startswith("step    2"):
             break
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == code, stderr
-    assert "Traceback" not in stderr and "step-" in stderr
+    os.kill(process.pid, number)
+    done = process.wait()
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and "step-" in done.stderr
     assert events(out)[-1]["e"] == "end" and events(out)[-1]["status"] == "stopped"
     train(toy, out, "--steps", 6, "--resume")
     assert same(weights(whole), weights(out))
@@ -266,16 +222,13 @@ def test_the_newest_checkpoints_and_the_best_one_are_kept(tmp_path, monkeypatch)
 
 def test_a_second_writer_is_refused(toy, tmp_path):
     out = tmp_path / "busy"
-    words = ["--model", toy, *SMALL, "--out", out, "--steps", 1000]
-    process = subprocess.Popen(
-        command(*words), env=environment(), stdout=subprocess.PIPE, text=True
-    )
+    process = Forked(LETTERS, ["--model", toy, *SMALL, "--out", out, "--steps", 1000])
     for line in process.stdout:
         if line.startswith("step"):
             break
     done = run("--out", out, "--resume")
-    process.kill()
-    process.communicate()
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait().returncode == -signal.SIGKILL  # it had not ended by itself
     assert done.returncode == 2 and "another process" in done.stderr
 
 
@@ -319,9 +272,10 @@ def test_no_thread_of_the_ranks_is_left_at_the_end(tmp_path):
 
 def test_an_error_on_the_first_rank_ends_all_with_one_message(toy, tmp_path):
     out = tmp_path / "full"
+    words = command("--model", toy, *SMALL, "--out", out, "--steps", 6, "--B", 1, ranks=2)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    done = run(
-        "--model", toy, *SMALL, "--out", out, "--steps", 6, "--B", 1, ranks=2, preexec_fn=limit
+    done = subprocess.run(
+        words, capture_output=True, text=True, env=environment(), preexec_fn=limit
     )
     assert done.returncode != 0
     assert done.stderr.count("cannot write the checkpoint") == 1
@@ -335,8 +289,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(toy, tmp_path):
     out = tmp_path / "full"
     train(toy, out, "--steps", 2)
     before = weights(out)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    done = run("--out", out, "--resume", "--steps", 6, preexec_fn=limit)
+    done = run("--out", out, "--resume", "--steps", 6, file_size=100_000)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "cannot write the checkpoint" in done.stderr
     assert "step-2" in done.stderr and same(before, weights(out))
@@ -480,7 +433,8 @@ def test_evaluation_by_lengths_and_with_samples_writes_its_numbers(toy, tmp_path
 
 def test_the_embedded_model_learns_to_solve_sudoku(tmp_path):
     words = "--model tiny --task sudoku --steps 5 --eval-every 5 --eval-n 64 --no-test --no-compile"
-    done = run(*words.split(), "--out", tmp_path / "run")
+    start = command(*words.split(), "--out", tmp_path / "run", script=REPO / "egspo.py")
+    done = subprocess.run(start, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     log = events(tmp_path / "run")
     before, after = (event["m"]["accuracy"] for event in log if event["e"] == "eval")

@@ -2,10 +2,7 @@
 
 import itertools
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +17,9 @@ import model
 import run as running
 import sft
 from data import TASKS
+from processes import REPO, run
 from toy import toy_model
 
-REPO = Path(__file__).parents[1]
 TINY = REPO / "tiny"
 
 
@@ -34,13 +31,6 @@ def toy(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(TINY)
-
-
-def run(*words) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(REPO / "sft.py"), *map(str, words)], capture_output=True, text=True,
-        timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
 
 
 # ---- demonstrators -------------------------------------------------------------------------------
@@ -215,7 +205,7 @@ def test_a_bad_command_line_is_one_line_and_code_2(words, tmp_path, capsys):
 def test_a_row_without_a_completion_is_named_by_its_line_and_the_process_exits_with_2(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
-    done = run("--data", file, "--out", tmp_path / "out")
+    done = run("--data", file, "--out", tmp_path / "out", script=REPO / "sft.py")
     assert done.returncode == 2 and "line 2" in done.stderr
 
 

@@ -3,14 +3,13 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import egspo
-from test_run import REPO, SMALL, command, environment, events, run, same, train, weights
+from processes import LETTERS, REPO, SMALL, events, run, same, start_ranks, train, weights
 from toy import toy_model
 
 # Blocks of 4, so that rows end early; 5 held-out problems, so that one rank has a batch less.
@@ -63,16 +62,13 @@ def test_a_sharded_run_equals_the_unsharded_one(toy, sharded, tmp_path):
 def test_killed_and_resumed_equals_uninterrupted(toy, sharded, tmp_path):
     out = tmp_path / "killed"
     words = ["--model", toy, *SMALL, *SHARDED, "--out", out, "--steps", 6]
-    process = subprocess.Popen(
-        command(*words, ranks=2), env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    for line in process.stdout:
+    first, second = start_ranks(*words, ranks=2)
+    for line in first.stdout:
         if line.startswith("step    3"):
             break
-    os.kill(events(out)[0]["pid"], signal.SIGKILL)  # the first rank; torchrun ends the second
-    process.communicate(timeout=120)
-    assert process.returncode != 0
+    os.kill(first.pid, signal.SIGKILL)
+    assert first.wait().returncode == -signal.SIGKILL
+    assert second.wait().returncode == 1  # by itself
     assert (out / "checkpoints" / "latest").resolve().name in ("step-2", "step-4")
     train(toy, out, *SHARDED, "--steps", 6, "--resume", ranks=2)
     assert same(weights(sharded), weights(out))
@@ -117,11 +113,9 @@ def test_a_rank_that_cannot_write_ends_all_with_one_line_and_latest_stays(sharde
         "if os.environ['RANK'] == '1':\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         f"sys.path.insert(0, {str(REPO / 'tests')!r})\n"
-        f"runpy.run_path({str(REPO / 'tests' / 'letters.py')!r}, run_name='__main__')\n"
+        f"runpy.run_path({str(LETTERS)!r}, run_name='__main__')\n"
     )
-    words = command("--out", out, "--resume", "--steps", 8, ranks=2)
-    words = [str(script) if word.endswith("letters.py") else word for word in words]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment())
+    done = run("--out", out, "--resume", "--steps", 8, ranks=2, script=script)
     assert done.returncode != 0
     assert done.stderr.count("cannot write the checkpoint") == 1, done.stderr
     assert "in train" not in done.stderr  # no traceback of ours; torchrun adds its own report
