@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -30,7 +31,9 @@ import torch
 
 import egspo
 import model
-import plumbing
+import run as running
+from config import Config
+from events import EventLog, Tally
 
 SHAPES = {
     "tiny": dict(d_model=128, n_layers=7, n_heads=4, mlp_hidden_size=352),
@@ -45,26 +48,30 @@ SETTINGS = {  # P, then the fields of a Config
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def config(size: str, **changes) -> egspo.Config:
+def config(size: str, **changes) -> Config:
     lora = dict(lora_r=128) if size == "8b" else dict(lora_r=0)
-    return egspo.Config(**(SETTINGS[size][1] | lora | changes))
+    return Config(**(SETTINGS[size][1] | lora | changes))
 
 
-def network(size: str, vocabulary: int, cfg: egspo.Config):
+def network(size: str, vocabulary: int, cfg: Config):
     ids = dict(eos_token_id=0, pad_token_id=0, mask_token_id=1)
     raw = dict(model_type="llada", vocab_size=vocabulary, rope_theta=500000.0, **ids)
-    dtype = torch.bfloat16 if cfg.lora_r and egspo.use_bf16(cfg, DEVICE) else torch.float32
+    dtype = (
+        torch.bfloat16 if cfg.lora_r and running.use_bf16(cfg.precision, DEVICE) else torch.float32
+    )
     torch.manual_seed(0)
     net = model.from_config(raw | SHAPES[size], DEVICE, dtype)
     if cfg.lora_r:
         model.add_lora(net, cfg.lora_r, cfg.lora_alpha)
-    never_V = torch.zeros(vocabulary, dtype=torch.bool, device=DEVICE)
-    never_V[:2] = True  # nor the end token, so that every row is decoded to its end
-    net.register_buffer("never_V", never_V, persistent=False)
+    net.never_V[:2] = True  # nor the end token, so that every row is decoded to its end
     return net
 
 
-def prompts(size: str, cfg: egspo.Config):
+def ready(net, cfg: Config):
+    return running.accelerate(net, running.use_bf16(cfg.precision, DEVICE), cfg.compile)
+
+
+def prompts(size: str, cfg: Config):
     N, P = cfg.B * cfg.G, SETTINGS[size][0]
     ids = torch.randint(2, 300, (N, P), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     return ids, torch.ones_like(ids, dtype=torch.bool)
@@ -90,30 +97,30 @@ def wait() -> None:
 # ---- one iteration, ours and a straightforward one -----------------------------------------------
 
 
-def act(net, size: str, cfg: egspo.Config) -> egspo.Rollout:
+def act(net, size: str, cfg: Config) -> egspo.Rollout:
     rows = range(cfg.B * cfg.G)
-    u_NT2J = egspo.uniform((cfg.T, 2, cfg.block), rows, 0, 0, "draw").to(DEVICE)
+    u_NT2J = running.uniform((cfg.T, 2, cfg.block), rows, 0, 0, "draw").to(DEVICE)
     return egspo.rollout(net, *prompts(size, cfg), cfg, u_NT2J)
 
 
-def credit(roll: egspo.Rollout, cfg: egspo.Config) -> egspo.Moves:
+def credit(roll: egspo.Rollout, cfg: Config) -> egspo.Moves:
     """Moves with made-up advantages: the reward is not what is measured here."""
     t_NK = egspo.select_steps(roll.entropy_NT, cfg.K, "entropy")
     moves = egspo.gather_moves(roll, t_NK, mask=1)
-    adv_S = torch.linspace(-1, 1, len(moves.live_S), device=DEVICE)
-    return moves._replace(adv_S=adv_S)
+    adv_SU = torch.linspace(-1, 1, len(moves.live_SU), device=DEVICE)[:, None]
+    return moves._replace(adv_SU=adv_SU)
 
 
-def ours(net, optimizer, size: str, cfg: egspo.Config) -> None:
+def ours(net, optimizer, size: str, cfg: Config) -> None:
     roll = act(net, size, cfg)
     moves = credit(roll, cfg)
-    old_S, _ = egspo.score(net, moves, cfg, guess=True)
-    ref_S, _ = egspo.score(net, moves, cfg)
-    moves = moves._replace(old_S=old_S, ref_S=ref_S)
-    egspo.update(net, optimizer, moves, cfg, egspo.Ranks(), egspo.Tally())
+    old_SU, _ = egspo.log_probs(net, moves, cfg, guess=True)
+    ref_SU, _ = egspo.log_probs(net, moves, cfg)
+    moves = moves._replace(old_SU=old_SU, ref_SU=ref_SU)
+    egspo.update(net, optimizer, moves, cfg, running.Ranks(), Tally())
 
 
-def straightforward(net, optimizer, size: str, cfg: egspo.Config) -> None:
+def straightforward(net, optimizer, size: str, cfg: Config) -> None:
     """The method as it is usually written: head and softmax at every position of prompt and
     completion at every step, Gumbel noise over the vocabulary, moves scored one by one, eager."""
     prompt_NP, _ = prompts(size, cfg)
@@ -160,10 +167,11 @@ def iteration(size: str) -> dict:
     cfg, V = config(size), 340 if size == "tiny" else 126_464
     slow_net = network(size, V, cfg)
     slow = seconds(
-        lambda: straightforward(slow_net, egspo.make_optimizer(slow_net, cfg), size, cfg), repeats=0
+        lambda: straightforward(slow_net, running.make_optimizer(slow_net, cfg), size, cfg),
+        repeats=0,
     )
-    net = egspo.accelerate(network(size, V, cfg), cfg, DEVICE)
-    optimizer = egspo.make_optimizer(net, cfg)
+    net = ready(network(size, V, cfg), cfg)
+    optimizer = running.make_optimizer(net, cfg)
     fast = seconds(lambda: ours(net, optimizer, size, cfg))
     return dict(straightforward_s=slow, ours_s=fast, times_faster=slow / fast)
 
@@ -174,30 +182,28 @@ def iteration(size: str) -> dict:
 def matmul_rate() -> float:
     """FLOP/s of a large matmul in the precision that the run uses."""
     n = 8192 if DEVICE.type == "cuda" else 2048
-    dtype = torch.bfloat16 if egspo.use_bf16(config("tiny"), DEVICE) else torch.float32
+    dtype = torch.bfloat16 if running.use_bf16("auto", DEVICE) else torch.float32
     a = torch.randn(n, n, dtype=dtype, device=DEVICE)
     return 2 * n**3 / seconds(lambda: a @ a, repeats=10)
 
 
 def floor(size: str) -> dict:
     cfg, V = config(size), 340 if size == "tiny" else 1000 if size == "25m" else 126_464
-    net = egspo.accelerate(network(size, V, cfg), cfg, DEVICE)
-    optimizer = egspo.make_optimizer(net, cfg)
+    net = ready(network(size, V, cfg), cfg)
+    optimizer = running.make_optimizer(net, cfg)
     L = SETTINGS[size][0] + cfg.C
     roll = act(net, size, cfg)
     moves = credit(roll, cfg)
-    old_S, _ = egspo.score(net, moves, cfg)
-    moves = moves._replace(old_S=old_S, ref_S=old_S)
+    old_SU, _ = egspo.log_probs(net, moves, cfg)
+    moves = moves._replace(old_SU=old_SU, ref_SU=old_SU)
     rate = matmul_rate()
     N, S = cfg.B * cfg.G, cfg.B * cfg.G * cfg.K
     rollout_s = seconds(lambda: act(net, size, cfg))
-    update_s = seconds(
-        lambda: egspo.update(net, optimizer, moves, cfg, egspo.Ranks(), egspo.Tally())
-    )
+    update_s = seconds(lambda: egspo.update(net, optimizer, moves, cfg, running.Ranks(), Tally()))
     rate = max(rate, matmul_rate())
-    rollout_floor = N * cfg.T * plumbing.forward_flops(net, L, cfg.block) / rate
+    rollout_floor = N * cfg.T * running.forward_flops(net, L, cfg.block) / rate
     backward = 2 if cfg.lora_r else 3  # frozen weights have no gradient of their own
-    update_floor = S * backward * plumbing.forward_flops(net, L, cfg.C // cfg.T) / rate
+    update_floor = S * backward * running.forward_flops(net, L, cfg.C // cfg.T) / rate
     return dict(
         matmul_tflops=rate / 1e12, rollout_of_floor=rollout_floor / rollout_s,
         update_of_floor=update_floor / update_s, rollout_s=rollout_s, update_s=update_s,
@@ -209,7 +215,7 @@ def cache(size: str) -> dict:
     times, net = {}, None
     for kind in ("none", "block"):
         cfg = config(size, C=256, T=128, block=32, B=1, G=2, cache=kind)
-        net = net or egspo.accelerate(network(size, 1000, cfg), cfg, DEVICE)
+        net = net or ready(network(size, 1000, cfg), cfg)
         times[kind] = seconds(lambda: act(net, size, cfg), repeats=2)
     return dict(
         exact_s=times["none"], cached_s=times["block"], times_faster=times["none"] / times["block"]
@@ -220,7 +226,7 @@ def vocabulary(size: str) -> dict:
     """With adapters on frozen bf16 weights, as models of such a vocabulary are trained."""
     cfg, times = config(size, lora_r=8), {}
     for V in (1000, 126_464):
-        net = egspo.accelerate(network(size, V, cfg), cfg, DEVICE)
+        net = ready(network(size, V, cfg), cfg)
         times[V] = seconds(lambda: act(net, size, cfg), repeats=2)
     return dict(
         small_s=times[1000], large_s=times[126_464], times_slower=times[126_464] / times[1000]
@@ -231,15 +237,14 @@ def memory(size: str) -> dict:
     """One whole iteration in this process: what it takes beyond the imports, in GB."""
     cfg = config(size, compile=False, P=SETTINGS[size][0])
     before = peak_bytes()
-    net = egspo.accelerate(network(size, 126_464, cfg), cfg, DEVICE)
+    net = ready(network(size, 126_464, cfg), cfg)
     reference = network(size, 126_464, cfg)
-    egspo.freeze(reference, cfg, DEVICE)
-    ours(net, egspo.make_optimizer(net, cfg), size, cfg)
+    running.freeze(reference, running.use_bf16(cfg.precision, DEVICE))
+    ours(net, running.make_optimizer(net, cfg), size, cfg)
     measured = peak_bytes() - before
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(net.config.raw))
-        cfg.model = folder
-        parts, _ = plumbing.plan(cfg, egspo.use_bf16(cfg, DEVICE))
+        parts, _ = running.plan(replace(cfg, model=folder), running.use_bf16(cfg.precision, DEVICE))
     expected = sum(value for name, value in parts.items() if name not in ("parameters", "trained"))
     return dict(expected_gb=expected / 1e9, measured_gb=measured / 1e9, ratio=expected / measured)
 
@@ -283,8 +288,8 @@ def log(size: str) -> dict:
 
         return wrapper
 
-    for name in ("write", "step", "samples"):  # `write` inside the others is counted twice
-        setattr(egspo.EventLog, name, timed(getattr(egspo.EventLog, name)))
+    for name in ("write", "tell"):  # `write` inside the other is counted twice
+        setattr(EventLog, name, timed(getattr(EventLog, name)))
     out = f"/tmp/egspo-bench-{os.getpid()}-log"
     sys.argv = f"egspo.py --model tiny --task sudoku --steps 8 --eval-n 2 --out {out}".split()
     egspo.main()
