@@ -40,6 +40,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from rich.cells import cell_len, set_cell_size  # the widths Textual goes by
+from rich.color import Color, blend_rgb
 from rich.segment import Segment
 from rich.style import Style
 
@@ -90,26 +91,6 @@ class Tail:
             lines.append((self.offset, line))
             self.offset += len(line) + 1
         return again, lines
-
-
-class Replay(Tail):
-    """A finished log as if it were being written now, `speed` times as fast."""
-
-    def __init__(self, path: Path, speed: float):
-        super().__init__(path, patience=0)
-        self.speed, self.began, self.waiting, self.first = speed, time.time(), deque(), 0.0
-
-    def now(self) -> float:
-        return self.first + (time.time() - self.began) * self.speed
-
-    def read(self, limit: int = 1 << 20) -> tuple[bool, Lines]:
-        lines = []
-        if len(self.waiting) < 1000:
-            self.waiting.extend(super().read(limit)[1])
-        self.first = self.first or stamp(self.waiting[0][1] if self.waiting else b"")
-        while self.waiting and stamp(self.waiting[0][1]) <= self.now():
-            lines.append(self.waiting.popleft())
-        return False, lines
 
 
 # what parsing a line that is no event of ours may raise
@@ -290,17 +271,13 @@ class Sample:
         self.reward = self.rw.get("reward", sum(self.rw.values()) if self.rw else None)
         right = event.get("ok", self.rw.get("correct", self.rw.get("solved")))
         self.ok = None if right is None else right >= 1
+        self.decoded = sum(map(self.reached, range(n)))  # positions that were decoded at all
         self.length = int(event.get("len", 0)) or self.decoded
 
     @property
     def steps(self) -> int:
         """Denoising steps so far."""
         return len(self.ent) if self.live else self.T
-
-    @property
-    def decoded(self) -> int:
-        """Positions that were decoded at all."""
-        return sum(map(self.reached, range(len(self.rev))))
 
     def reached(self, i: int) -> bool:
         """Whether position i is decoded in some step, this far or later."""
@@ -321,15 +298,19 @@ class Log:
     """A run on disk: the tail of its file, the history read so far, the trajectories looked at."""
 
     def __init__(self, path: Path, speed: float = 0.0, patience: int = 20, clock=time.time):
-        self.path, self.replayed = path, speed > 0
-        self.tail = Replay(path, speed) if speed else Tail(path, patience)
-        self.clock = self.tail.now if speed else clock
+        """With a speed, a finished log as if it were being written now, so many times as fast."""
+        self.path, self.speed, self.clock, self.began = path, speed, clock, clock()
+        self.tail, self.waiting = Tail(path, patience), deque()
+        self.replayed, self.first = speed > 0, 0.0
         self.forget()
 
+    def now(self) -> float:
+        """The time, or how far a replay has got."""
+        now = self.clock()
+        return self.first + (now - self.began) * self.speed if self.speed else now
+
     def forget(self) -> None:
-        self.history, self.event = History(), lru_cache(64)(self.read)
-        self.briefs: dict[Place, tuple[float, int, str]] = {}
-        self.pictures: dict[str, tuple[tuple, list]] = {}
+        self.history, self.event = History(), lru_cache(2048)(self.read)
 
     @property
     def name(self) -> str:
@@ -342,16 +323,13 @@ class Log:
             again, lines = self.tail.read()
             if again:
                 self.forget()
-            for offset, line in lines:
+            self.waiting.extend(lines)
+            self.first = self.first or stamp(self.waiting[0][1] if self.waiting else b"")
+            while self.waiting and (not self.speed or stamp(self.waiting[0][1]) <= self.now()):
+                offset, line = self.waiting.popleft()
                 self.history.feed(line, offset)
             if not lines or time.monotonic() > until:
                 return bool(lines)
-
-    def once(self, name: str, key: tuple, make: Callable[[], list]) -> list:
-        """make(), or what it made last time if the key is the same: for what is slow to draw."""
-        if name not in self.pictures or self.pictures[name][0] != key:
-            self.pictures[name] = key, make()
-        return self.pictures[name][1]
 
     def read(self, place: Place | None, parse: Callable[[dict], object]) -> object:
         """What `parse` makes of a line of the file; None if there is no such event."""
@@ -372,21 +350,12 @@ class Log:
             group.setdefault(g, Sample(event | {"rev": [0], "rw": {"reward": reward}}))
         return [group[g] for g in sorted(group)]
 
-    def brief(self, it: int, s: int) -> tuple[float, int, str]:
-        """(reward, length, text) of a sample, to sort and filter them all."""
-        place = self.history.samples[it][s]
-        if place not in self.briefs:
-            sample = self.sample(it, s)
-            brief = (sample.reward, sample.length, "".join(sample.tok)) if sample else None
-            self.briefs[place] = brief or (math.nan, 0, "")
-        return self.briefs[place]
-
     def status(self) -> tuple[str, float]:
         """(one of STATUS; seconds since the last event)."""
         history, meta = self.history, self.history.meta
         if not history.recent:
             return "waiting", 0.0
-        age = max(0.0, self.clock() - stamp(history.recent[-1]))
+        age = max(0.0, self.now() - stamp(history.recent[-1]))
         if history.end:
             return str(history.end.get("status", "finished")), age
         if not self.replayed and [meta.get("host"), meta.get("boot")] == this_machine():
@@ -433,27 +402,21 @@ STATUS = {"live": ("●", "teal"), "finished": ("■", "teal"), "stopped": ("▪
 GOING = ("live", "quiet")
 BARS = "▁▂▃▄▅▆▇█"
 ASCII = {code: "*" for code in range(0x2801, 0x2900)} | str.maketrans(  # braille, and:
-    BARS + "╭─╮│╰╯┤━▲△◆×·░✓✗▸↵◦▀●■▪◌✖○", "..::||##+-+|++|=^~ox.:+->\\$#*##oxo"
+    BARS + "╭─╮│╰╯┤━▲△◆×·░✓✗▸↵◦●■▪◌✖○", "..::||##+-+|++|=^~ox.:+->\\$*##oxo"
 )
-
-
-def mix(low: str, high: str, x: float) -> str:
-    """The colour a share x of the way from one to the other."""
-    pairs = [(int(low[i : i + 2], 16), int(high[i : i + 2], 16)) for i in (1, 3, 5)]
-    return "#" + "".join(f"{round(a + (b - a) * x):02x}" for a, b in pairs)
 
 
 def colour(word: str, light: bool) -> str:
     """The colour a style names: one of DARK or LIGHT; sky@30, 30 % of it on the background;
     heat@30, a place in viridis. In both themes more heat is further from the background."""
-    theme = LIGHT if light else DARK
-    name, _, percent = word.partition("@")
-    x = int(percent or 100) / 100
-    if name != "heat":
-        return mix(theme["bg"], theme[name], x)
-    place = (1 - x if light else x) * (len(VIRIDIS) - 1)
-    low = min(int(place), len(VIRIDIS) - 2)
-    return mix(VIRIDIS[low], VIRIDIS[low + 1], place - low)
+    theme, (name, _, percent) = LIGHT if light else DARK, word.partition("@")
+    low, high, x = theme["bg"], theme.get(name), int(percent or 100) / 100
+    if name == "heat":
+        place = (1 - x if light else x) * (len(VIRIDIS) - 1)
+        i = min(int(place), len(VIRIDIS) - 2)
+        low, high, x = VIRIDIS[i], VIRIDIS[i + 1], place - i
+    ends = (Color.parse(name).get_truecolor() for name in (low, high))
+    return blend_rgb(*ends, x).hex
 
 
 @lru_cache(4096)
@@ -470,9 +433,6 @@ def heat(x: float, floor: float = 0.0) -> str:
     return f"heat@{round(100 * x)}"
 
 
-# ---- lines and numbers ---------------------------------------------------------------------------
-
-
 def cells(line: Line) -> int:
     return sum(len(text) if text.isascii() else cell_len(text) for text, _ in line)
 
@@ -484,33 +444,27 @@ def fit(line: Line, w: int) -> Line:
     return [part[:2] for part in Segment.adjust_line_length(segments, w, "")]
 
 
-def fill(lines: Iterable[Line], w: int, h: int) -> list[Line]:
-    """Exactly `h` lines of exactly `w` cells."""
-    lines = list(lines)[: max(0, h)]
+def fill(lines: Iterable[Line], w: int, h: int, focus: int = 0) -> list[Line]:
+    """Exactly `h` lines of exactly `w` cells; of more lines those around `focus`."""
+    lines = list(lines)
+    lines = lines[max(0, min(focus - h // 2, len(lines) - h)) :][: max(0, h)]
     return [fit(line, w) for line in lines + [[]] * (h - len(lines))]
 
 
-def centred(lines: list[Line], focus: int, w: int, h: int) -> list[Line]:
-    """The same of more lines than fit, with line `focus` in sight."""
-    return fill(lines[max(0, min(focus - h // 2, len(lines) - h)) :], w, h)
-
-
-def divide(total: int, *weights: int) -> list[int]:
-    """`total` cells in parts of these weights."""
-    ends = [total * end // sum(weights) for end in itertools.accumulate(weights)]
-    return [end - start for start, end in zip([0, *ends], ends)]
-
-
-def beside(h: int, widths: Iterable[int], *draws: Draw) -> list[Line]:
-    blocks = [fill(draw(w, h), w, h) for w, draw in zip(widths, draws)]
+def beside(w: int, h: int, weights: Sequence[int], *draws: Draw) -> list[Line]:
+    """Draws side by side, their widths by weight."""
+    ends = [w * end // sum(weights) for end in itertools.accumulate(weights, initial=0)]
+    widths = [end - start for start, end in itertools.pairwise(ends)]
+    blocks = [fill(draw(width, h), width, h) for width, draw in zip(widths, draws)]
     return [sum(lines, []) for lines in zip(*blocks)]
 
 
 def grid(draws: Sequence[Draw], across: int, down: int, w: int, h: int) -> list[Line]:
     """As many columns and rows of equal size, filled row by row."""
-    lines, widths = [], divide(w, *[1] * across)
-    for r, height in enumerate(divide(h, *[1] * down)):
-        lines += fill(beside(height, widths, *draws[r * across : (r + 1) * across]), w, height)
+    lines: list[Line] = []
+    for r in range(down):
+        height, row = h * (r + 1) // down - h * r // down, draws[r * across : (r + 1) * across]
+        lines += fill(beside(w, height, [1] * across, *row), w, height)
     return lines
 
 
@@ -580,7 +534,7 @@ def nice(low: float, high: float, ticks: int) -> tuple[float, float, float]:
     return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step, step
 
 
-def smooth(values: Numbers, weight: float) -> list[float]:
+def smooth(values: Iterable[float], weight: float) -> list[float]:
     """Exponential mean, without the bias of its start; gaps stay gaps."""
     out, mean, norm = [], 0.0, 0.0
     for value in values:
@@ -588,9 +542,6 @@ def smooth(values: Numbers, weight: float) -> list[float]:
             mean, norm = weight * mean + (1 - weight) * value, weight * norm + 1 - weight
         out.append(mean / norm if math.isfinite(value) else math.nan)
     return out
-
-
-# ---- pictures ------------------------------------------------------------------------------------
 
 
 def slots(n: int, w: int) -> tuple[int, list[range]]:
@@ -635,61 +586,53 @@ def strip(
     return fill([*lines, step_axis(n, left, w, t)], w, h)
 
 
-def spark(values: Numbers, w: int) -> Line:
-    """The last values as small bars; one that is not a number stays visible."""
-    values, line = values[-4 * max(1, w) :], []
-    low, high = min(finite(values), default=0.0), max(finite(values), default=0.0)
-    for steps in slots(len(values), max(1, w))[1] if values else ():
-        group = finite(values[i] for i in steps)
+def bars(values: Numbers, columns: list[range], pitch: int, low: float, high: float) -> Line:
+    """A line of small bars, each the mean of a column; one that is not a number stays visible."""
+    line: Line = []
+    for steps in columns:
+        group = [values[i] for i in steps if i < len(values)]
         x = (statistics.fmean(group) - low) / (high - low) if group and high > low else 0.3
-        line.append((BARS[round(6 * x)], "sky") if len(group) == len(steps) else ("×", "orange"))
-    return fit(line, w)
+        if math.isfinite(x):
+            line.append((BARS[max(0, min(round(7 * x), 7))] * pitch, heat(x, 0.3)))
+        else:
+            line.append(("×" * pitch, "orange"))
+    return line
 
 
-def carpet(
-    data: Sequence[Numbers],
-    its: Sequence[int],
-    high: float,
-    it: int | None,
-    left: int,
-    w: int,
-    h: int,
-) -> list[Line]:
-    """Values as colours, iterations down and denoising steps across, two iterations to a line."""
+def spark(values: Numbers, w: int) -> Line:
+    """The last values of a metric on a scale of their own."""
+    values = values[-4 * max(1, w) :]
+    low, high = min(finite(values), default=0.0), max(finite(values), default=0.0)
+    return fit(bars(values, slots(len(values), max(1, w))[1], 1, low, high), w)
+
+
+def carpet(data: Sequence[Numbers], its: Sequence[int], high: float, it: int | None) -> Draw:
+    """Iterations down and denoising steps across; of several iterations to a line, the last."""
     T, n = max((len(row) for row in data), default=0), len(data)
-    if not T or w < left + 2 or h < 2:
-        return message("no data yet")(w, h)
-    pitch, columns = slots(T, w - left)
-    total = min(2 * (h - 1), 8 * n) // 2 * 2
-    groups = [
-        range(r * n // total, max(r * n // total + 1, (r + 1) * n // total)) for r in range(total)
-    ]
 
-    def level(group: range, steps: range) -> str:
-        values = finite(data[r][i] for r in group for i in steps if i < len(data[r]))
-        return heat(statistics.fmean(values) / high) if values else "bg"
+    def draw(w: int, h: int) -> list[Line]:
+        if not T or w < 9 or h < 2:
+            return message("no data yet")(w, h)
+        (pitch, columns), total, lines = slots(T, w - 7), min(h - 1, n), []
+        for y in range(total):
+            rows = range(y * n // total, (y + 1) * n // total)
+            here = it in its[rows[0] : rows[-1] + 1]
+            label = it if here else its[rows[-1]] if y % 3 == 0 else ""
+            margin = f"{'▸' if here else ' '}{label:>4}  ", "bold fg" if here else "dim"
+            lines.append([margin, *bars(data[rows[-1]], columns, pitch, 0.0, high)])
+        return fill([*lines, step_axis(T, 7, w)], w, h)
 
-    lines: list[Line] = []
-    for y, (over, under) in enumerate(zip(groups[::2], groups[1::2])):
-        here = it in (its[over[0] : under[-1] + 1])
-        label = it if here else its[over[0]] if y % 3 == 0 else ""
-        margin = f"{'▸' if here else ' '}{label:>4}  "[:left]
-        line = [
-            ("▀" * pitch, f"{level(over, steps)} on {level(under, steps)}") for steps in columns
-        ]
-        lines.append([(margin, "bold fg" if here else "dim"), *line])
-    return fill([*lines, step_axis(T, left, w)], w, h)
+    return draw
 
 
 @dataclass
 class Curve:
-    """A line of a chart; `faint` ones are unconnected dots behind the others."""
+    """A line of a chart."""
 
     label: str
     its: Sequence[int]
     values: Numbers
     colour: str
-    faint: bool = False
 
 
 DOTS = ((1, 8), (2, 16), (4, 32), (64, 128))  # the bit of each dot of a braille character
@@ -697,14 +640,11 @@ Points = Sequence[tuple[int, float]]
 
 
 def dots_of(curve: Curve, x: Callable, y: Callable) -> Iterable[tuple[int, int]]:
-    """Where a curve has dots: at its values if it is faint, else along the line through them."""
+    """The dots of a line through the means of a curve's values."""
     columns: dict[int, list[float]] = {}
     for it, value in zip(curve.its, curve.values):
         if math.isfinite(value):
             columns.setdefault(x(it), []).append(value)
-    if curve.faint:
-        yield from ((at, y(value)) for at, values in columns.items() for value in values)
-        return
     points = [(at, y(statistics.fmean(values))) for at, values in columns.items()]
     for (x0, y0), (x1, y1) in zip(points, points[1:] or points):
         n = max(abs(x1 - x0), abs(y1 - y0), 1)
@@ -740,11 +680,11 @@ def chart(
         return round((high - value) / (high - low) * (4 * below - 1))
 
     canvas: dict[tuple[int, int], tuple[str, str]] = {}
-    for curve in sorted(curves, key=lambda c: not c.faint):
+    for curve in curves:
         for column, row in dots_of(curve, x, y):
             place, bit = (column // 2, row // 4), DOTS[row % 4][column % 2]
             before = ord(canvas.get(place, ("\u2800", ""))[0])
-            canvas[place] = chr(before | bit), f"{curve.colour}@{35 if curve.faint else 100}"
+            canvas[place] = chr(before | bit), curve.colour
     canvas |= {(x(it) // 2, below - 1): ("×", "bold orange") for it in lost}
     canvas |= {(x(it) // 2, y(value) // 4): ("◆", "bold mark") for it, value in points}
     if cursor is not None and first <= cursor <= last:
@@ -760,9 +700,6 @@ def chart(
     parts = max(1, wide // 12)
     labels = {first + (last - first) * k // parts: None for k in (0, parts, *range(parts))}
     return fill([*lines, labelled([(left + x(it) // 2, it) for it in labels], w)], w, h)
-
-
-# ---- a trajectory --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -811,7 +748,7 @@ class Picture:
                     lines[-1].append((c, style))
                     x += cell_len(c)
             focus = len(lines) - 1 if when == self.t else focus
-        return centred(lines, focus, w, h)
+        return fill(lines, w, h, focus)
 
     @property
     def widths(self) -> list[int]:
@@ -830,7 +767,7 @@ class Picture:
                 body, style = self.position(i, t)
                 line += [(set_cell_size(body.replace("\n", "↵"), size), style), (gap, "")]
             lines.append([*line, ("  ", ""), *self.credit(t)])
-        return centred(lines, self.t, w, h)
+        return fill(lines, w, h, self.t)
 
     def credit(self, t: int) -> Line:
         """What training made of step t, if it selected it."""
@@ -849,6 +786,7 @@ METRICS = (  # in this order; others follow
     "reward/mean kl clip_frac loss grad_norm entropy/mean entropy/sel ratio/max zero_adv_frac "
     "len/mean trunc_frac adv/abs t/total mem/peak_gb tok_s"
 ).split()
+NEWEST = dict(it=None, t=None, follow=True, playing=False)
 VALUES = {  # of settings that are not just on or off
     "colour": ("step", "entropy", "none"),
     "smooth": (0.0, 0.6, 0.8, 0.95),
@@ -892,6 +830,7 @@ class View:
     note: str = ""
     ascii: bool = False
     light: bool = False
+    kept: list = field(default_factory=list, compare=False)  # see `once`
 
     @property
     def log(self) -> Log:
@@ -919,12 +858,13 @@ class View:
 
     def keys(self) -> list[tuple[int, int]]:
         """(it, s) of the newest 2000 samples that pass the filter, in the order asked for."""
-        samples, brief = self.history.samples, self.log.brief
+        samples, sample = self.history.samples, self.log.sample
         keys = [(it, s) for it in sorted(samples, reverse=True) for s in sorted(samples[it])][:2000]
         if self.filter:
-            keys = [key for key in keys if self.filter.lower() in brief(*key)[2].lower()]
+            words = self.filter.lower()
+            keys = [k for k in keys if sample(*k) and words in "".join(sample(*k).tok).lower()]
         if self.sort != "newest":
-            keys.sort(key=lambda key: -brief(*key)[self.sort == "length"])
+            keys.sort(key=lambda k: -(getattr(sample(*k), self.sort, None) or 0))
         return keys
 
     def sample(self) -> Sample | None:
@@ -942,6 +882,13 @@ class View:
         names = [name for name in dict.fromkeys([*METRICS, *logged]) if name in logged]
         return [name for name in names if self.filter.lower() in name.lower()]
 
+    def once(self, w: int, h: int, draw: Draw) -> list[Line]:
+        """What draws, or what it drew for the same view of the same data: charts are slow."""
+        key = [w, h, vars(self) | {"logs": [log.history.edition for log in self.logs], "kept": ()}]
+        if self.kept[:1] != [key]:
+            self.kept = [key, draw(w, h)]
+        return self.kept[1]
+
     def put(self, changes: dict[str, object]) -> None:
         for name, value in changes.items():
             setattr(self, name, value)
@@ -958,11 +905,11 @@ class View:
         self.put({"follow": False, "playing": False} | (changes or {}))
         return self.log.sample(self.it, self.s)
 
-    def newest(self, _: object = None) -> None:
-        self.put(dict(it=None, t=None, follow=True, playing=False))
-
     def follow_or_stay(self, _: object) -> None:
-        (self.stay if self.follow else self.newest)()
+        if self.follow:
+            self.stay()
+        else:
+            self.put(NEWEST)
 
     def turn(self, by: int) -> None:
         self.put(dict(number=(self.number - 1 + by) % 6 + 1, zoom=False, help=False, pick=0))
@@ -1089,10 +1036,8 @@ def strip_panel(view: View, sample: Sample | None) -> Draw:
     elif history.entropy:
         it = max(history.entropy) if view.it is None else nearest(history.entropy, view.it)
         entropy, share, sel = history.entropy[it], history.share[it], ()
-        what, right = (
-            f"{it}, mean of {history.size('N') or 'the batch'}",
-            "▲ chosen, strong: by many",
-        )
+        what = f"{it}, mean of {history.size('N') or 'the batch'}"
+        right = "▲ chosen, strong: by many"
     else:
         return panel("entropy", message("waiting for the first rollout"))
     T = history.size("T") or len(entropy)
@@ -1102,19 +1047,16 @@ def strip_panel(view: View, sample: Sample | None) -> Draw:
 
 
 def curves_of(view: View, name: str) -> list[Curve]:
-    """One metric: of one run, with the raw values behind it, or of each of several by name."""
-    curves, several = [], len(view.logs) > 1
+    """One metric, smoothed: of one run, or of each of several by name."""
+    curves = []
     for log, colour in zip(view.logs, itertools.cycle(CURVES)):
         series = log.history.series.get(name, {})
         if name == "eval":
             series = {it: e["accuracy"] for it, e in log.history.evals.items()}
-        its, values = list(series), list(series.values())
-        if its and name != "eval" and view.smooth:
-            curves += [Curve("", its, values, colour, faint=True)] * (not several)
-            values = smooth(values, view.smooth)
-        if its:
-            label = f"{log.name} {num(values[-1])}" if several else ""
-            curves.append(Curve(label, its, values, colour))
+        values = smooth(series.values(), view.smooth * (name != "eval"))
+        if values:
+            label = f"{log.name} {num(values[-1])}" if len(view.logs) > 1 else ""
+            curves.append(Curve(label, list(series), values, colour))
     return curves
 
 
@@ -1134,9 +1076,8 @@ def reward_panel(view: View) -> Draw:
     parts = [name for name in history.series if re.fullmatch("reward/(?!mean|std).*", name)]
     for name, colour in zip(["reward/mean", *parts[:2]], CURVES):
         for curve in curves_of(view, name):
-            label = "" if curve.faint else f"{name[7:]} {num(curve.values[-1])}"
-            if not curve.faint or name == "reward/mean":
-                curves.insert(0, replace(curve, colour=colour, label=label))
+            label = f"{name[7:]} {num(curve.values[-1])}"
+            curves.insert(0, replace(curve, colour=colour, label=label))
     points = [(it, e["accuracy"]) for it, e in history.evals.items()]
     right = f"◆ evaluation {num(history.accuracy)}" if points else ""
     return panel("reward", lambda w, h: chart(curves, view.log_scale, points, None, w, h), right)
@@ -1158,19 +1099,20 @@ def metric_lines(history: History, w: int, h: int) -> list[Line]:
 
 def caption(sample: Sample, t: int, w: int, most: int) -> list[Line]:
     """Which sample this is, how it ended, and the prompt in `most` lines at most."""
-    head, n = [(f"it {sample.it} · prompt {sample.p} · sample {sample.s}   ", "bold fg")], w - 3
-    if sample.reward is not None:
-        sign = {True: "✓ ", False: "✗ "}.get(sample.ok, "")
-        head.append((f"{sign}reward {num(sample.reward)}   ", "teal" if sample.ok else "orange"))
+    sign = {True: "✓ ", False: "✗ "}.get(sample.ok, "")
     entropy = num(sample.ent[t]) if 0 <= t < len(sample.ent) else "-"
     tokens = f"{sum(when <= t for when in sample.rev)}/{sample.decoded} tokens"
-    head.append((f"step {t}/{sample.T - 1}   {tokens}   H {entropy}", "dim"))
-    question = clean(sample.prompt).replace("\n", " ")
+    reward = "" if sample.reward is None else f"{sign}reward {num(sample.reward)}   "
+    head = [
+        (f"it {sample.it} · prompt {sample.p} · sample {sample.s}   ", "bold fg"),
+        (reward, "teal" if sample.ok else "orange"),
+        (f"step {t}/{sample.T - 1}   {tokens}   H {entropy}", "dim"),
+    ]
+    question, n = f"Q: {clean(sample.prompt)}".replace("\n", " "), max(1, w)
     if len(question) > n * most > 0:  # the puzzle itself often comes last
         question = question[: n * (most - 1)] + f"... {question[4 - n :]}"
-    starts = range(0, min(len(question), n * most), max(1, n))
-    prompt = [[("   " if i else "Q: ", "dim"), (question[i : i + n], "italic dim")] for i in starts]
-    return [head, *prompt]
+    starts = range(0, min(len(question), n * most) if sample.prompt else 0, n)
+    return [head, *([(question[i : i + n], "italic dim")] for i in starts)]
 
 
 def trajectory(view: View, sample: Sample | None, w: int, h: int) -> list[Line]:
@@ -1207,14 +1149,12 @@ def overview(view: View, w: int, h: int) -> list[Line]:
     sample = view.sample()
     top = 7 if h < 36 else max(8, h // 5)
     bottom = 0 if h < 28 else max(11, (h - top) * 14 // 25)
-    middle, widths = h - top - bottom, divide(w, *((5, 3) if w >= 100 else (1, 1)))
-
-    def charts() -> list[Line]:
-        health = panel("health", lambda w, h: metric_lines(history, w, h))
-        return beside(middle, widths, reward_panel(view), health)
-
-    key = (history.edition, w, middle, view.smooth, view.log_scale)
-    lines = strip_panel(view, sample)(w, top) + view.log.once("overview", key, charts)
+    weights = (5, 3) if w >= 100 else (1, 1)
+    health = panel("health", lambda w, h: metric_lines(history, w, h))
+    lines = strip_panel(view, sample)(w, top)
+    lines += view.once(
+        w, h - top - bottom, lambda w, h: beside(w, h, weights, reward_panel(view), health)
+    )
     return lines + (trajectory(view, sample, w, bottom) if bottom else [])
 
 
@@ -1242,19 +1182,16 @@ def entropy_view(view: View, w: int, h: int) -> list[Line]:
     history, its = view.history, sorted(view.history.entropy)
     it = max(its, default=None) if view.it is None else view.it
     below = 0 if h < 20 else min(11, h // 4)
-    widths = divide(w, 5, 3) if w >= 100 else [w]
 
-    def draw() -> list[Line]:
+    def draw(w: int, h: int) -> list[Line]:
         data, shares = [history.entropy[i] for i in its], [history.share[i] for i in its]
         high = max((value for row in data for value in finite(row)), default=0.0) or 1.0
-        left, right = "entropy · iteration down, denoising step across", "selected steps"
-        entropies = panel(
-            left, lambda w, h: carpet(data, its, high, it, 7, w, h), f"0 to {num(high)} nats"
-        )
-        selected = panel(right, lambda w, h: carpet(shares, its, 1.0, it, 0, w, h), "share")
-        return beside(h - below, widths, entropies, selected)
+        title, range_ = "entropy · iteration down, denoising step across", f"0 to {num(high)} nats"
+        entropies = panel(title, carpet(data, its, high, it), range_)
+        selected = panel("selected steps", carpet(shares, its, 1.0, it), "share")
+        return beside(w, h, (5, 3) if w >= 100 else (1,), entropies, selected)
 
-    lines = view.log.once("carpet", (history.edition, it, w, h), draw)
+    lines = view.once(w, h - below, draw)
     return lines + (strip_panel(view, None)(w, below) if below else [])
 
 
@@ -1267,15 +1204,12 @@ def trajectory_view(view: View, w: int, h: int) -> list[Line]:
 def sample_line(sample: Sample, here: bool) -> Line:
     sign = {True: "✓", False: "✗"}.get(sample.ok, "")
     adv = num(statistics.fmean(finite(sample.adv))) if finite(sample.adv) else "-"
-    parts = [f"{name} {num(value)}" for name, value in sample.rw.items() if name != "reward"]
+    parts = " ".join(f"{name} {num(part)}" for name, part in sample.rw.items() if name != "reward")
     words = " ".join("".join(map(clean, sample.tok)).split())
-    style = "bold fg" if here else "dim"
-    return [
-        ("▸ " if here else "  ", "sky"),
-        (f"{sample.it:>5} {sample.p:>6} {sample.g:>3} ", style),
-        (f"{sign:>1} {num(sample.reward):>7}", "teal" if sample.ok else "orange"),
-        (f" {adv:>7} {sample.length:>4}  {' '.join(parts)}  {words}", style),
-    ]
+    cursor, style = ("▸ ", "bold fg") if here else ("  ", "dim")
+    what = f"{cursor}{sample.it:>5} {sample.p:>6} {sample.g:>3} "
+    reward = f"{sign:>1} {num(sample.reward):>7}", "teal" if sample.ok else "orange"
+    return [(what, style), reward, (f" {adv:>7} {sample.length:>4}  {parts}  {words}", style)]
 
 
 def samples_view(view: View, w: int, h: int) -> list[Line]:
@@ -1286,13 +1220,8 @@ def samples_view(view: View, w: int, h: int) -> list[Line]:
     def table(w: int, h: int) -> list[Line]:
         at = keys.index(here) if here in keys else 0
         shown = keys[max(0, min(at - h // 2, len(keys) - h + 1)) :][: h - 1]
-        lines = [
-            sample_line(
-                log.sample(*key) or Sample({"it": key[0], "s": key[1], "tok": [], "rev": []}),
-                key == here,
-            )
-            for key in shown
-        ]
+        known = [one for one in (log.sample(*key) for key in shown) if one]
+        lines = [sample_line(one, (one.it, one.s) == here) for one in known]
         return [[(f"  {'it':>5} {'prompt':>6} {'g':>3}    reward     adv  len", "dim")], *lines]
 
     def member(one: Sample) -> Draw:
@@ -1316,7 +1245,7 @@ def curves_view(view: View, w: int, h: int) -> list[Line]:
         return panel("curves", message(text))(w, h)
     pick = min(view.pick, len(names) - 1)
 
-    def page() -> list[Line]:
+    def page(w: int, h: int) -> list[Line]:
         across, down = max(1, min(3, w // 38)), max(1, min(3, h // 7))
         if view.zoom:
             return curve_panel(view, names[pick], hot=True)(w, h)
@@ -1325,9 +1254,7 @@ def curves_view(view: View, w: int, h: int) -> list[Line]:
         draws = [curve_panel(view, name, hot=name == names[pick]) for name in shown]
         return grid(draws, across, down, w, h)
 
-    settings = (w, h, view.zoom, view.it, view.smooth, view.log_scale, view.filter, view.run, pick)
-    editions = (log.history.edition for log in view.logs)
-    return view.logs[0].once("curves", (*settings, *editions), page)
+    return view.once(w, h, page)
 
 
 def summary(log: Log) -> dict:
@@ -1358,8 +1285,6 @@ def run_view(view: View, w: int, h: int) -> list[Line]:
     """Where the run is, how far, how fast and with which settings; its alerts and last events."""
     history, below, wide = view.history, h * 2 // 5, w >= 80
     facts = {name: v for name, v in summary(view.log).items() if not isinstance(v, (dict, list))}
-    for it, e in list(history.evals.items())[-3:]:
-        facts[f"eval at {it}"] = f"{e['accuracy']:.1%} of {e['n']} {e['split']}"
     for name in [name for name in history.series if name.startswith("t/")]:
         facts[name] = f"{num(history.latest(name))} s"
 
@@ -1375,7 +1300,7 @@ def run_view(view: View, w: int, h: int) -> list[Line]:
     left = panel("run", table(facts, 0 if wide else view.pick))
     right = panel("config", table(history.meta.get("cfg"), view.pick))
     last = panel(f"alerts ({len(alerts)}) and the last events", lambda w, h: news + tail)
-    return beside(h - below, divide(w, 5, 3) if wide else [w], left, right) + last(w, below)
+    return beside(w, h - below, (5, 3) if wide else (1,), left, right) + last(w, below)
 
 
 # ==== keys ========================================================================================
@@ -1424,7 +1349,7 @@ KEYS = (
     Key("up down, k j", DOWN, V.move_run, "run when comparing", "j/k run", "c"),
     Key("PgUp PgDn, K J", PAGE, V.move_iteration, "iteration"),
     Key("g G", {"g": dict(it=0, s=0)}, V.stay, "first iteration"),
-    Key("g G", {"G": None}, V.newest, "newest, and follow"),
+    Key("g G", {"G": NEWEST}, V.put, "newest, and follow"),
     Key("x", {"x": "guess"}, V.cycle, "the guess scored at a selected step", "x guess", "134c"),
     Key("c", {"c": "colour"}, V.cycle, "colour of tokens: step, entropy, none"),
     Key("s", {"s": "sort"}, V.cycle, "order of the table in 4", "s sort", "4"),
@@ -1481,8 +1406,6 @@ def help_view(view: View, w: int, h: int) -> list[Line]:
         line.append((f"{key.help}; ", "fg"))
     return panel("keys", lambda w, h: list(lines.values())[view.pick :])(w, h)
 
-
-# ---- the whole frame -----------------------------------------------------------------------------
 
 SCREENS = (overview, entropy_view, trajectory_view, samples_view, curves_view, run_view)
 
@@ -1563,6 +1486,9 @@ def make_app(view: View, hz: float = 4.0):
         """Whether a wide character stands on both sides of column x."""
         return line.crop(0, x).text + line.crop(x).text != line.text
 
+    def painted(light: bool, *line: tuple[str, str]) -> Strip:
+        return Strip([Segment(text, paint(style, light)) for text, style in line])
+
     class Monitor(App):
         """Keys and time change the view and the logs; `draw` shows them."""
 
@@ -1590,10 +1516,7 @@ def make_app(view: View, hz: float = 4.0):
         def draw(self) -> None:
             self.told, self.drawn = self.news(), time.monotonic()
             keys = [(view.light, *line) for line in frame(view, *self.size)]
-            kept, self.kept = self.kept, {}
-            for light, *line in keys:
-                fresh = Strip([Segment(text, paint(style, light)) for text, style in line])
-                self.kept[light, *line] = kept.get((light, *line)) or fresh
+            self.kept = {key: self.kept.get(key) or painted(*key) for key in keys}
             lines, slices = [self.kept[key] for key in keys], list(self.query(Slice))
             wide = [line for line in lines if any(cell_len(c) > 1 for c in set(line.text))]
             ends = [0]
@@ -1670,16 +1593,14 @@ def print_lines(log: Log, hz: float) -> None:
         lines = {(it, 2, f"{level}  {text}") for it, level, text in history.alerts}
         for it, e in history.evals.items():
             lines.add((it, 0, f"eval  accuracy {e['accuracy']:.1%} of {e['n']}"))
-        for it in history.series[names[0]] if names else ():
+        for it in history.entropy:
             values = [f"{name} {num(history.series[name].get(it))}" for name in names]
             lines.add((it, 1, "  ".join(values)))
         for it, _, text in sorted(lines - told):
             print(f"it {it:>5}  {text}", flush=True)
         told |= lines
-        state = log.status()[0]
-        if not behind and state not in (*GOING, "waiting"):
-            print(f"{state} after {history.done} updates", flush=True)
-            return
+        if not behind and log.status()[0] not in (*GOING, "waiting"):
+            return print(f"{log.status()[0]} after {history.done} updates", flush=True)
         time.sleep(0 if behind else 1 / hz)
 
 

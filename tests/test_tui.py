@@ -294,10 +294,9 @@ def test_the_prompt_of_a_rollout_in_progress_is_shown_above_it(tmp_path):
     assert log.history.live().prompt == ""  # of another rollout, without one
 
 
-def test_a_replay_shows_a_log_at_the_pace_it_was_written(runs, monkeypatch):
+def test_a_replay_shows_a_log_at_the_pace_it_was_written(runs):
     now = [1000.0]
-    monkeypatch.setattr(tui.time, "time", lambda: now[0])
-    log = tui.Log(runs / "sudoku" / "events.jsonl", speed=2.0)
+    log = tui.Log(runs / "sudoku" / "events.jsonl", speed=2.0, clock=lambda: now[0])
     log.poll()
     assert log.history.lines and log.history.done == 0 and log.status()[0] == "live"
     now[0] += 15.0  # 30 seconds of the run, at about 3 s a step
@@ -330,10 +329,9 @@ def test_every_picture_fills_exactly_its_cells(values, T, w, h, log):
     check(tui.strip(positive, [1.0] + [0.0] * (T - 1), w, h, T // 2, "△"), w, h)
     check(tui.strip(positive, [0.5] * T, w, h), w, h)
     its = range(5, 5 + len(values))
-    raw = tui.Curve("raw", its, values, "sky", faint=True)
-    curves = [raw, tui.Curve("a", its, values, "orange")]
+    curves = [tui.Curve("", its, values, "sky"), tui.Curve("a", its, values, "orange")]
     check(tui.chart(curves, log, [(3, 0.5), (9, math.nan)], 6, w, h), w, h)
-    check(tui.carpet([positive, positive[:3]], [0, 1], 2.0, 1, 7, w, h), w, h)
+    check(tui.carpet([positive, positive[:3]], [0, 1], 2.0, 1)(w, h), w, h)
     check([tui.spark(values, w)], w, 1)
 
 
