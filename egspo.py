@@ -120,10 +120,14 @@ def between_steps(run: Run, step: int, start: int) -> None:
             running.save_checkpoint(run, step)
     if stopping:
         raise running.stopped(run)
-    validate, test = step % cfg.eval_every == 0 or last, last and run.test_set
-    for split in ["val"] * validate + ["test"] * bool(test):
+    splits = {}
+    if step % cfg.eval_every == 0 or last:
+        splits["val"] = run.val_set
+    if last and run.test_set:
+        splits["test"] = run.test_set
+    for split, problems in splits.items():
         with run.log.phase(step, "eval"):
-            m = evaluate(run, run.val_set if split == "val" else run.test_set, cfg)
+            m = evaluate(run, problems, cfg)
         run.log.eval(step, m, split)
         if split == "val":
             running.note_validation(run, step, m)
