@@ -187,8 +187,8 @@ def parse(argv: list[str]) -> tuple[Config, Mode]:
     path = newest(cfg.model)
     if cfg.shard and (mode.eval_only or mode.merge):
         raise ValueError("--shard: not with --eval-only or --merge")
-    anew = not (mode.resume or mode.eval_only or mode.dry_run or mode.merge)
-    if anew and cfg.out and (Path(cfg.out) / "events.jsonl").exists():
+    new_run = not (mode.resume or mode.eval_only or mode.dry_run or mode.merge)
+    if new_run and cfg.out and (Path(cfg.out) / "events.jsonl").exists():
         raise ValueError(f"--out {cfg.out} holds a run: continue it with --resume, or name another")
     for length in mode.lengths:
         block = min(cfg.block, length)
@@ -265,7 +265,7 @@ def carry_on(cfg: Config) -> dict:
 
 def newest(path: str) -> str:
     """A run folder stands for its best checkpoint by validation accuracy, or else its latest;
-    links are followed at once, for they move."""
+    links are resolved now, because a run moves them."""
     for folder in (Path(path) / "checkpoints" / name for name in ("best", "latest")):
         if folder.exists():
             return str(folder.resolve())
@@ -286,7 +286,7 @@ def model_name(path: str) -> str:
 
 
 def restarted(out: Path) -> bool:
-    """Has torchrun (--max-restarts) started the run in this folder anew after a failure?
+    """Has torchrun (--max-restarts) restarted the run in this folder after a failure?
 
     An agent counts only the failures of its own workers; on other nodes the job's id, which
     `run.describe` has left in the folder, tells.

@@ -291,7 +291,7 @@ def invert(prob_QX: Tensor, u_Q: Tensor) -> tuple[Tensor, Tensor]:
 def slabs(h_QD: Tensor, never_V: Tensor) -> list[slice]:
     """Cut positions so that their logits stay small: memory without a knob.
 
-    64 MiB a slab, and 16 on a CPU, whose allocator asks the system anew for anything larger.
+    64 MiB a slab; 16 on a CPU, where malloc maps anything larger from the system each time.
     """
     most = 2**22 if never_V.device.type == "cpu" else 2**24
     size = max(1, most // len(never_V))

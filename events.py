@@ -9,7 +9,7 @@ over the tokens revealed at a step; numbers have 4 significant digits; nan and i
 Every event begins with `e`, its kind, `q`, its number in the file, and `ts`, unix seconds.
 
   meta     v 1; run, host, boot, pid, git, argv, model, task; iters, T, K, L (= C), block, N, G;
-           cfg, all settings; resume: the step it goes on from, or null
+           cfg, all settings; resume: the step it continues from, or null
   phase    it; name: rollout, logp (choosing steps, log-probs, guesses), score (rewards, credit),
            update, eval, save
   denoise  the rollout in progress, from a few looks a second: it; b 0; t0, the first step since

@@ -315,7 +315,7 @@ class Run:
         return self.ranks.any(self.stop.number is not None)
 
     def judge(self, answers: list[str], problems: list[data.Problem]) -> Future:
-        """The rewards, one after the other, while the device goes on working."""
+        """Their rewards, in a thread of its own, so that the device need not wait for them."""
         return self.background.submit(data.TASKS[self.cfg.task].rewards, answers, problems)
 
 
@@ -347,7 +347,8 @@ def load_run(cfg: Config, ranks: Ranks, resume: bool) -> tuple[Run, int]:
         latest = out / "checkpoints" / "latest"
         checkpoint = latest.resolve() if latest.exists() else None
         if checkpoint and (checkpoint / "sharded").exists() != cfg.shard:
-            raise ValueError(f"--{'no-' * cfg.shard}shard: so was {checkpoint} written; resume so")
+            flag = "--no-shard" if cfg.shard else "--shard"
+            raise ValueError(f"--resume: {checkpoint} was written with {flag}: add that flag")
     train_set, val_set = load_problems(cfg, "train"), load_problems(cfg, "val", cfg.eval_n)
     test_set = load_problems(cfg, "test", cfg.eval_n) if cfg.test else []
     policy, tokenizer = load_policy(cfg, str(checkpoint or cfg.model), ranks.device)
