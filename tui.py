@@ -1285,6 +1285,9 @@ def run_view(view: View, w: int, h: int) -> list[Line]:
     """Where the run is, how far, how fast and with which settings; its alerts and last events."""
     history, below, wide = view.history, h * 2 // 5, w >= 80
     facts = {name: v for name, v in summary(view.log).items() if not isinstance(v, (dict, list))}
+    for it, e in list(history.evals.items())[-3:]:
+        low, high = e.get("lo", math.nan), e.get("hi", math.nan)
+        facts[f"eval at {it}"] = f"{e['accuracy']:.1%} ({low:.1%} to {high:.1%}) of {e['n']}"
     for name in [name for name in history.series if name.startswith("t/")]:
         facts[name] = f"{num(history.latest(name))} s"
 
@@ -1430,9 +1433,12 @@ def svg(lines: Sequence[Line], light: bool = False) -> str:
     from rich.console import CONSOLE_SVG_FORMAT, Console
     from rich.segment import SegmentLines
 
-    painted = [[Segment(text, paint(style, light)) for text, style in line] for line in lines]
+    def segments(line: Line) -> list[Segment]:  # a braille dot is not as wide in every font
+        pieces = [(c, style) for text, style in line for c in re.findall("[⠀-⣿]|[^⠀-⣿]+", text)]
+        return [Segment(text, paint(style, light)) for text, style in pieces]
+
     page = Console(record=True, width=max(map(cells, lines), default=1), file=io.StringIO())
-    page.print(SegmentLines(painted, new_lines=True), end="")
+    page.print(SegmentLines(map(segments, lines), new_lines=True), end="")
     code = re.sub(r"@font-face {{.*?}}|<!--.*?-->", "", CONSOLE_SVG_FORMAT, flags=re.S)
     code = code.replace("<svg", '<svg xml:space="preserve"').replace("{char_height}px", "21px")
     code = code.replace("Fira Code", "DejaVu Sans Mono, Menlo, Consolas")  # 21px: bars touch
