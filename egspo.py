@@ -62,9 +62,8 @@ from torch import Tensor, nn
 import data
 import run as running
 from config import Config, Mode, parse
-from events import Tally
 from model import texts, with_completion
-from run import Ranks, Run, batch, clip_gradients, demand_finite, set_learning_rate, uniform
+from run import Ranks, Run, Tally, batch, clip_gradients, demand_finite, set_learning_rate, uniform
 
 # ---- train ---------------------------------------------------------------------------------------
 

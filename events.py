@@ -1,4 +1,4 @@
-"""What does a run write down? `Tally` for its numbers, `EventLog` for its file, `say` for people.
+"""What is written down? events.jsonl: its schema, `EventLog` that writes it, `Log` that reads it.
 
 `events.jsonl` is the contract between the trainer and whoever reads along (tui.py, bench/): schema
 version 1. UTF-8, one JSON object a line, a line at most 64 KiB, appended by one writer, the first
@@ -37,7 +37,11 @@ grad_norm, lr; entropy/mean, entropy/sel (of the selected steps); len/mean, len/
 (rows without an end token); cache/weight, cache/kl; seconds t/PHASE and t/total, eta_s, tok_s;
 mem/peak_gb. Another one is a `tally.add` in the trainer: readers take whatever they find.
 
-After `meta` with resume k, a reader forgets the steps, samples and groups from k on.
+After `meta` with resume k, a reader forgets the steps, samples and groups from k on. What it does
+not know, kinds and fields, it ignores; a line that it cannot use, it counts.
+
+The writer is given tensors but needs nothing of torch, so that the monitor, which imports this
+file, starts at once and runs where there is none.
 """
 
 from __future__ import annotations
@@ -49,49 +53,19 @@ import json
 import math
 import os
 import platform
+import re
+import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from config import Config, model_name
-
-
-class Tally:
-    """Means over everything a metric names: all rows, micro-batches, updates and ranks.
-
-    Sums stay tensors on the device until the one read in `means`.
-    """
-
-    def __init__(self):
-        self.sums: dict[str, Tensor] = {}
-        self.peaks: dict[str, Tensor] = {}
-
-    def add(self, name: str, value: Tensor | float, where: Tensor | None = None) -> None:
-        value = torch.as_tensor(value).double()
-        where = torch.ones_like(value, dtype=torch.bool) if where is None else where
-        pair = torch.stack((torch.where(where, value, 0).sum(), where.sum().double()))
-        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
-
-    def peak(self, name: str, value: Tensor) -> None:
-        self.peaks[name] = value.max()
-
-    def means(self, gather: Callable[[object], list]) -> dict[str, float]:
-        """`gather` brings together what all ranks have (`Ranks.gather`)."""
-        mine = {name: pair.tolist() for name, pair in self.sums.items()}
-        peaks = {name: value.item() for name, value in self.peaks.items()}
-        means, parts = {}, gather((mine, peaks))
-        for name in dict.fromkeys(name for sums, _ in parts for name in sums):
-            pairs = [sums[name] for sums, _ in parts if name in sums]
-            means[name] = sum(total for total, _ in pairs) / max(1, sum(n for _, n in pairs))
-        for name in peaks:
-            means[name] = max(part[name] for _, part in parts)
-        return means
+SCHEMA = 1  # the newest version that is written and understood here
 
 
 def say(line: str, file=None) -> None:
@@ -100,7 +74,7 @@ def say(line: str, file=None) -> None:
         print(line, file=file, flush=True)
 
 
-# ---- the file ------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 LONGEST = 65536  # bytes of a line
 PHASES = ("rollout", "logp", "score", "update")  # of a step; `eval` and `save` come between two
@@ -163,23 +137,23 @@ class EventLog:
             if time.monotonic() - self.wrote >= 15:
                 self.write("hb", pid=os.getpid())
 
-    def begin(self, cfg: Config, ranks, tokenizer, end: int, resume: int | None) -> None:
+    def begin(self, cfg, name: str, ranks, tokenizer, end: int, resume: int | None) -> None:
         """Say what the run is: the first event, and again whenever it is resumed.
 
-        ranks: run.Ranks; end: the id of the end token.
+        cfg: a config.Config; name: of the model; ranks: run.Ranks; end: the id of the end token.
         """
         self.cfg, self.ranks, self.tokenizer, self.end_id = cfg, ranks, tokenizer, end
-        boot = Path("/proc/sys/kernel/random/boot_id")
+        host, boot = this_machine()
         self.write(
             "meta",
-            v=1,
+            v=SCHEMA,
             run=Path(cfg.out).name,
-            host=platform.node(),
-            boot=boot.read_text().strip() if boot.exists() else "",
+            host=host,
+            boot=boot,
             pid=os.getpid(),
             git=git_commit(),
             argv=sys.argv,
-            model=model_name(cfg.model),
+            model=name,
             task=cfg.task,
             iters=cfg.steps,
             T=cfg.T,
@@ -227,20 +201,20 @@ class EventLog:
 
         return watch
 
-    def tell(self, step: int, tally: Tally, problems, answers, rewards, roll, moves) -> None:
+    def tell(self, step: int, tally, problems, answers, rewards, roll, moves) -> None:
         """What a step did: statistics of all ranks, and some of this one's trajectories.
 
-        Of this rank's N rows: problems, answers (texts) and rewards (data.Reward); roll, an
-        egspo.Rollout; moves, the egspo.Moves that were learnt.
+        tally: a run.Tally. Of this rank's N rows: problems, answers (texts) and rewards
+        (data.Reward); roll, an egspo.Rollout; moves, the egspo.Moves that were learnt.
         """
         length_N, entropy_NT = roll.lengths(self.end_id), roll.entropy_NT
         t_NK = None if moves.t_S is None else moves.t_S.view(len(rewards), -1)
-        value_N = torch.tensor(rewards, dtype=torch.float64)
-        tally.add("reward/mean", value_N)
-        tally.add("reward/square", value_N**2)
-        tally.add("correct", torch.tensor([float(reward.correct) for reward in rewards]))
+        values = [float(reward) for reward in rewards]
+        tally.add("reward/mean", values)
+        tally.add("reward/square", [value**2 for value in values])
+        tally.add("correct", [float(reward.correct) for reward in rewards])
         for name in rewards[0].parts:
-            tally.add(f"reward/{name}", torch.tensor([reward.parts[name] for reward in rewards]))
+            tally.add(f"reward/{name}", [reward.parts[name] for reward in rewards])
         tally.add("entropy/mean", entropy_NT, entropy_NT > -math.inf)
         if t_NK is not None:
             tally.add("entropy/sel", entropy_NT.gather(1, t_NK), moves.live_SU.view(t_NK.shape))
@@ -250,7 +224,7 @@ class EventLog:
             tally.add("cache/kl", moves.drawn_SU - moves.old_SU, moves.live_SU)
         idle_B = (moves.adv_SU.reshape(len(rewards) // self.cfg.G, -1).abs() < 1e-6).all(1)
         tally.add("zero_adv_frac", idle_B.float())
-        tally.peak("ratio/max", torch.where(moves.live_SU, moves.ratio_SU, 0))
+        tally.peak("ratio/max", moves.ratio_SU.masked_fill(~moves.live_SU, 0))
         tally.add("len/mean", length_N)
         tally.peak("len/max", length_N)
         tally.add("trunc_frac", (length_N == self.cfg.C).float())
@@ -258,7 +232,7 @@ class EventLog:
         if self.fd is not None:
             self.samples(step, problems, answers, rewards, roll, length_N.tolist(), moves)
 
-    def step(self, step: int, m: dict[str, float], entropy_NT: Tensor, t_NK: Tensor | None) -> None:
+    def step(self, step: int, m: dict[str, float], entropy_NT, t_NK) -> None:
         """The step's record, and one line on the terminal."""
         cfg, N = self.cfg, len(entropy_NT)
         total = sum(self.seconds.get(name, 0) for name in PHASES)
@@ -269,12 +243,10 @@ class EventLog:
         m["tok_s"] = m["len/mean"] * N * self.ranks.world / self.seconds["rollout"]
         m.update({f"t/{name}": self.seconds[name] for name in PHASES})
         m.update({"t/total": total, "eta_s": left})
-        if torch.cuda.is_available():
-            m["mem/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         selected = []
         if t_NK is not None:  # steps after a row's end fill up its K and do not count
             live_NK = entropy_NT.gather(1, t_NK) > -math.inf
-            selected = torch.bincount(t_NK[live_NK], minlength=cfg.T).tolist()
+            selected = t_NK[live_NK].bincount(minlength=cfg.T).tolist()
         self.write("step", it=step, m=m, ent=mean_by_step(entropy_NT), sel=selected, n=N)
         say(
             f"step {step + 1:>4}/{cfg.steps}  reward {m['reward/mean']:.3f}"
@@ -352,10 +324,10 @@ def next_number(tail: bytes) -> int:
     return 0
 
 
-def mean_by_step(entropy_NT: Tensor) -> list[float]:
+def mean_by_step(entropy_NT) -> list[float]:
     """Over the rows that had not ended."""
     live_NT = entropy_NT > -math.inf
-    return (torch.where(live_NT, entropy_NT, 0).sum(0) / live_NT.sum(0)).tolist()
+    return (entropy_NT.masked_fill(~live_NT, 0).sum(0) / live_NT.sum(0)).tolist()
 
 
 def pieces(ids: list[int], tokenizer) -> list[str]:
@@ -375,3 +347,336 @@ def git_commit() -> str:
     with contextlib.suppress(OSError):
         return subprocess.run(ask, capture_output=True, text=True).stdout.strip()
     return ""
+
+
+# ---- reading -------------------------------------------------------------------------------------
+# Tail (the bytes of a growing file) -> History (what its events add up to), Sample (a trajectory),
+# together a Log.
+
+Place = tuple[int, int]  # offset and length of a line in the file
+Lines = list[tuple[int, bytes]]  # offset and line
+
+
+class Tail:
+    """The complete new lines of a growing file, by polling (works on NFS, sshfs and under rsync).
+
+    A torn last line waits for its newline. A hole of NUL bytes (a network file system may know the
+    length before the bytes) waits for `patience` polls. A file that was replaced, truncated, or
+    truncated and grown again (its first bytes tell) is read again from the start.
+    """
+
+    def __init__(self, path: Path, patience: int = 20):
+        self.path, self.patience = path, patience
+        self.offset, self.inode, self.head, self.holes = 0, 0, b"", 0
+
+    def read(self, limit: int = 1 << 20) -> tuple[bool, Lines]:
+        """(started over?, new lines) of `limit` bytes at most; none if there is no file."""
+        try:
+            file = open(self.path, "rb")
+        except FileNotFoundError:
+            return False, []
+        with file:
+            stat, head = os.fstat(file.fileno()), file.read(64)
+            same = stat.st_ino == self.inode and stat.st_size >= self.offset
+            again = self.offset > 0 and not (same and head.startswith(self.head))
+            if again:
+                self.offset = self.holes = 0
+            self.inode, self.head = stat.st_ino, head[: self.offset or None]
+            file.seek(self.offset)
+            chunk = file.read(limit)
+        end = chunk.rfind(b"\n") + 1
+        if not end and len(chunk) == limit:
+            end = limit  # no event is this long: count it as a bad line
+        hole = chunk.find(b"\0", 0, end)
+        if hole < 0:
+            self.holes = 0
+        elif self.holes < self.patience:
+            self.holes, end = self.holes + 1, chunk.rfind(b"\n", 0, hole) + 1
+        lines = []
+        for line in chunk[:end].removesuffix(b"\n").split(b"\n") if end else ():
+            lines.append((self.offset, line))
+            self.offset += len(line) + 1
+        return again, lines
+
+
+# what parsing a line that is no event of ours may raise
+UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError)
+STAMP = re.compile(rb'"ts":\s*([\d.]+)')
+FILED = re.compile(rb'\{"e":\s*"(denoise|sample|group)".*?"it":\s*(\d+),\s*"[bsp]":\s*(\d+)')
+
+
+def stamp(line: bytes) -> float:
+    """The unix time in a line of the log; 0 if it has none."""
+    found = STAMP.search(line)
+    return float(found[1]) if found else 0.0
+
+
+def number(value: object) -> float:
+    """A logged number; "nan", "inf" and "-inf" are strings in the log."""
+    return math.nan if value is None else float(value)
+
+
+def finite(values: Iterable[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
+@dataclass
+class History:
+    """What the events of a log add up to. `feed` depends on the lines alone: no clock, no files."""
+
+    meta: dict = field(default_factory=dict)
+    series: dict[str, dict[int, float]] = field(default_factory=dict)  # metric -> it -> value
+    entropy: dict[int, list[float]] = field(default_factory=dict)  # it -> mean entropy of each step
+    share: dict[int, list[float]] = field(default_factory=dict)  # it -> of rows that chose a step
+    evals: dict[int, dict] = field(default_factory=dict)
+    samples: dict[int, dict[int, Place]] = field(default_factory=dict)  # it -> row -> where it is
+    groups: dict[int, dict[int, Place]] = field(default_factory=dict)  # it -> prompt -> where
+    alerts: list[tuple[int, str, str]] = field(default_factory=list)  # it, level, message
+    rollout: list[bytes] = field(default_factory=list)  # `denoise` lines since the last `step`
+    phase: str = ""
+    it: int = 0  # the iteration being worked on
+    done: int = 0  # updates made
+    ckpt: dict = field(default_factory=dict)
+    end: dict | None = None
+    recent: deque = field(default_factory=lambda: deque(maxlen=50))  # the last good lines
+    edition: int = 0  # changes whenever a chart does
+    lines: int = 0
+    bad: int = 0
+    newer: bool = False
+
+    def feed(self, line: bytes, offset: int = 0) -> None:
+        """Take one line in. What cannot be used is counted, never fatal."""
+        self.lines += 1
+        # What is frequent or long is only filed: `denoise` lines are parsed while their rollout is
+        # on the screen, samples and groups when somebody looks at them.
+        filed = FILED.match(line) if line.endswith(b"}") else None
+        try:
+            if not filed:
+                self.apply(json.loads(line))
+            elif filed[1] == b"denoise":
+                self.rollout.append(line)
+            else:
+                places = self.samples if filed[1] == b"sample" else self.groups
+                places.setdefault(int(filed[2]), {})[int(filed[3])] = offset, len(line)
+            self.recent.append(line)
+        except UNUSABLE:
+            self.bad += 1
+
+    def apply(self, event: dict) -> None:
+        it = int(event.get("it") or 0)
+        if not 0 <= it < 1 << 53:
+            raise ValueError(f"iteration {it}")
+        match event["e"]:
+            case "meta":
+                self.newer |= event.get("v", SCHEMA) > SCHEMA
+                self.rewind(int(event.get("resume") or 0))
+                self.meta, self.end = event, None
+            case "phase":
+                self.phase, self.it = str(event["name"]), it
+            case "step":
+                self.step(it, event)
+            case "eval":
+                values = {name: number(value) for name, value in event["m"].items()}
+                told = {"n": event.get("n"), "split": event.get("split", "")}
+                self.evals[it] = {"accuracy": math.nan} | values | told
+                self.edition += 1
+            case "alert":
+                self.alerts.append((it, str(event.get("level", "warn")), str(event["msg"])))
+                self.edition += 1
+            case "ckpt" | "end" as name:
+                setattr(self, name, event)
+
+    def step(self, it: int, event: dict) -> None:
+        metrics = {name: number(value) for name, value in event["m"].items()}
+        entropy = [number(value) for value in event.get("ent") or []]
+        chosen = [int(n) for n in event.get("sel") or []]
+        rows = int(event.get("n") or max(chosen, default=0)) or 1
+        for name, value in metrics.items():
+            if not math.isfinite(value) and math.isfinite(self.latest(name) or 0.0):
+                self.alerts.append((it, "error", f"{name} is {value}"))
+            self.series.setdefault(name, {})[it] = value
+        if entropy:
+            self.entropy[it], self.share[it] = entropy, [n / rows for n in chosen]
+        self.it, self.done, self.edition = it, it + 1, self.edition + 1
+        self.rollout.clear()
+
+    def rewind(self, it: int) -> None:
+        """The run starts again at `it`: what was logged from there on is void."""
+        records = self.entropy, self.share, self.samples, self.groups, *self.series.values()
+        for record in records:
+            for key in [key for key in record if key >= it]:
+                del record[key]
+        self.series = {name: values for name, values in self.series.items() if values}
+        self.evals = {at: e for at, e in self.evals.items() if at <= it}  # of the weights at `it`
+        self.alerts = [alert for alert in self.alerts if alert[0] < it]
+        self.rollout.clear()
+        self.done, self.edition = min(self.done, it), self.edition + 1
+
+    def size(self, name: str) -> int:
+        """T, K, C, block, G, N or iters, from wherever the trainer wrote it; 0 if it did not."""
+        cfg = self.meta.get("cfg")
+        both = self.meta | (cfg if isinstance(cfg, dict) else {})
+        value = both.get(name) or both.get({"C": "L", "iters": "steps"}.get(name, name))
+        return value if isinstance(value, int) and 0 < value < 10**6 else 0
+
+    def latest(self, name: str) -> float | None:
+        return next(reversed(self.series.get(name, {}).values()), None)
+
+    @property
+    def accuracy(self) -> float | None:
+        """That of the last evaluation."""
+        return self.evals[max(self.evals)]["accuracy"] if self.evals else None
+
+    def live(self) -> Sample | None:
+        """The rollout in progress as far as it was logged; None between rollouts."""
+        sample, C, T = None, self.size("C"), self.size("T")
+        for line in self.rollout:
+            with contextlib.suppress(*UNUSABLE):
+                event = json.loads(line)
+                it, t0, b = int(event["it"]), int(event["t0"]), int(event.get("b", 0))
+                H, revealed = [number(h) for h in event["H"]], event.get("rv") or []
+                if not 0 <= t0 < max(1, T):
+                    continue
+                if sample is None or (sample.it, sample.g) != (it, b):  # g holds the batch here
+                    hidden = {"tok": [""] * C, "rev": [T] * C, "tent": [0.0] * C}
+                    sample = Sample({"it": it, "s": event.get("s"), "g": b, **hidden}, T)
+                sample.prompt = str(event.get("prompt") or sample.prompt)
+                sample.ent += [math.nan] * (t0 - len(sample.ent)) + H
+                for k, (i, token, entropy) in enumerate(revealed):
+                    sample.tok[i], sample.tent[i] = str(token), 50 * number(entropy)
+                    sample.rev[i] = t0 + k * len(H) // len(revealed)
+        return sample
+
+
+class Sample:
+    """One trajectory. The state at step t is: `tok[i]` where `rev[i] <= t`, masks elsewhere."""
+
+    def __init__(self, event: dict, live_T: int | None = None):
+        """From a sample event, raising one of UNUSABLE if it is none; or from the rollout in
+        progress, which will have live_T steps."""
+        event = {name: value for name, value in event.items() if value is not None}
+
+        def numbers(name: str) -> list[float]:
+            return [number(value) for value in event.get(name, [])]
+
+        self.it, self.s, self.p, self.g = (
+            int(event.get(name, 0)) for name in ("it", "s", "p", "g")
+        )
+        self.prompt = str(event.get("prompt", ""))
+        self.tok = ["" if token is None else str(token) for token in event["tok"]]
+        when, n = [int(t) for t in event["rev"]], len(self.tok)
+        self.ent, self.live = numbers("ent"), live_T is not None
+        self.T = live_T if self.live else len(self.ent) or max(when, default=0) + 1
+        self.rev = (when + [self.T] * n)[:n]  # T where never decoded: the row had ended
+        self.tent = (numbers("tent") + [0.0] * n)[:n]  # entropy of each token, in 1/50 nat
+        self.sel = [int(t) for t in event.get("sel", [])]  # the selected steps, and for each:
+        self.adv, self.ratio = numbers("adv"), numbers("ratio")
+        self.srw = numbers("srw")  # reward of the greedy one-step completion
+        self.x0 = [[str(token) for token in guess] for guess in event.get("x0", [])]  # and itself
+        self.rw = {name: number(value) for name, value in event.get("rw", {}).items()}  # by part
+        self.reward = self.rw.get("reward", sum(self.rw.values()) if self.rw else None)
+        right = event.get("ok", self.rw.get("correct", self.rw.get("solved")))
+        self.ok = None if right is None else right >= 1
+        self.decoded = sum(map(self.reached, range(n)))  # positions that were decoded at all
+        self.length = int(event.get("len", 0)) or self.decoded
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps so far."""
+        return len(self.ent) if self.live else self.T
+
+    def reached(self, i: int) -> bool:
+        """Whether position i is decoded in some step, this far or later."""
+        return self.live or self.rev[i] < self.T
+
+    def guess(self, t: int) -> Sequence[str]:
+        """The one-step completion whose reward step t got, if t was selected."""
+        k = self.sel.index(t) if t in self.sel else len(self.x0)
+        return self.x0[k] if k < len(self.x0) else ()
+
+
+def parse_group(event: dict) -> list[tuple[str, float]]:
+    """(completion, reward) of the samples of one prompt."""
+    return [(str(text), number(reward)) for text, reward in zip(event["text"], event["rw"])]
+
+
+class Log:
+    """A run on disk: the tail of its file, the history read so far, the trajectories looked at."""
+
+    def __init__(self, path: Path, speed: float = 0.0, patience: int = 20, clock=time.time):
+        """With a speed, a finished log as if it were being written now, so many times as fast."""
+        self.path, self.speed, self.clock, self.began = path, speed, clock, clock()
+        self.tail, self.waiting = Tail(path, patience), deque()
+        self.replayed, self.first = speed > 0, 0.0
+        self.forget()
+
+    def now(self) -> float:
+        """The time, or how far a replay has got."""
+        now = self.clock()
+        return self.first + (now - self.began) * self.speed if self.speed else now
+
+    def forget(self) -> None:
+        self.history, self.event = History(), lru_cache(2048)(self.read)
+
+    @property
+    def name(self) -> str:
+        return str(self.history.meta.get("run") or self.path.parent.name)
+
+    def poll(self, seconds: float = 0.04) -> bool:
+        """Read what is new, for about so long; True if there may be more."""
+        until = time.monotonic() + seconds
+        while True:
+            again, lines = self.tail.read()
+            if again:
+                self.forget()
+            self.waiting.extend(lines)
+            self.first = self.first or stamp(self.waiting[0][1] if self.waiting else b"")
+            while self.waiting and (not self.speed or stamp(self.waiting[0][1]) <= self.now()):
+                offset, line = self.waiting.popleft()
+                self.history.feed(line, offset)
+            if not lines or time.monotonic() > until:
+                return bool(lines)
+
+    def read(self, place: Place | None, parse: Callable[[dict], object]) -> object:
+        """What `parse` makes of a line of the file; None if there is no such event."""
+        with contextlib.suppress(OSError, *UNUSABLE), open(self.path, "rb") as file:
+            file.seek(place[0])
+            return parse(json.loads(file.read(place[1])))
+
+    def sample(self, it: int, s: int) -> Sample | None:
+        """The trajectory of row s of an iteration."""
+        return self.event(self.history.samples.get(it, {}).get(s), Sample)
+
+    def group(self, sample: Sample) -> list[Sample]:
+        """The samples that share a sample's prompt: of the others only the text is known."""
+        it, p, group = sample.it, sample.p, {sample.g: sample}
+        texts = self.event(self.history.groups.get(it, {}).get(p), parse_group)
+        for g, (text, reward) in enumerate(texts or ()):
+            event = {"it": it, "p": p, "g": g, "s": sample.s - sample.g + g, "tok": [text]}
+            group.setdefault(g, Sample(event | {"rev": [0], "rw": {"reward": reward}}))
+        return [group[g] for g in sorted(group)]
+
+    def status(self) -> tuple[str, float]:
+        """(one of STATUS; seconds since the last event)."""
+        history, meta = self.history, self.history.meta
+        if not history.recent:
+            return "waiting", 0.0
+        age = max(0.0, self.now() - stamp(history.recent[-1]))
+        if history.end:
+            return str(history.end.get("status", "finished")), age
+        if not self.replayed and [meta.get("host"), meta.get("boot")] == this_machine():
+            try:
+                os.kill(int(meta.get("pid")), 0)
+            except ProcessLookupError:
+                return "crashed", age
+            except (PermissionError, *UNUSABLE):
+                pass  # it runs, or there is no telling
+        seconds = list(history.series.get("t/total", {}).values())[-50:]
+        usual = statistics.median(seconds) if seconds else 0.0
+        return ("dead" if age > 600 else "quiet" if age > max(60, 4 * usual) else "live"), age
+
+
+def this_machine() -> list[str]:
+    """Its name, and an id of the time since it was started."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return [platform.node(), path.read_text().strip() if path.exists() else ""]

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import data
 import model
-from config import Config, carry_on
+from config import Config, carry_on, model_name
 from events import EventLog, compact, git_commit, say
 
 # ---- ranks ---------------------------------------------------------------------------------------
@@ -93,6 +93,40 @@ def clip_gradients(parameters: list[nn.Parameter], cfg: Config, ranks: Ranks) ->
             grad.copy_(part.view_as(grad))
     norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
     return norm.full_tensor() if cfg.shard else norm
+
+
+class Tally:
+    """Means over everything a metric names: all rows, micro-batches, updates and ranks.
+
+    Sums stay tensors on the device until the one read in `means`.
+    """
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+        self.peaks: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor | Sequence | float, where: Tensor | None = None) -> None:
+        value = torch.as_tensor(value, dtype=torch.float64)
+        where = torch.ones_like(value, dtype=torch.bool) if where is None else where
+        pair = torch.stack((torch.where(where, value, 0).sum(), where.sum().double()))
+        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def peak(self, name: str, value: Tensor) -> None:
+        self.peaks[name] = value.max()
+
+    def means(self, gather: Callable[[object], list]) -> dict[str, float]:
+        """`gather` brings together what all ranks have (`Ranks.gather`)."""
+        mine = {name: pair.tolist() for name, pair in self.sums.items()}
+        peaks = {name: value.item() for name, value in self.peaks.items()}
+        means, parts = {}, gather((mine, peaks))
+        for name in dict.fromkeys(name for sums, _ in parts for name in sums):
+            pairs = [sums[name] for sums, _ in parts if name in sums]
+            means[name] = sum(total for total, _ in pairs) / max(1, sum(n for _, n in pairs))
+        for name in peaks:
+            means[name] = max(part[name] for _, part in parts)
+        if torch.cuda.is_available():
+            means["mem/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return means
 
 
 # ---- how a run ends ------------------------------------------------------------------------------
@@ -363,7 +397,8 @@ def load_run(cfg: Config, ranks: Ranks, resume: bool) -> tuple[Run, int]:
     log = log or EventLog(cfg.out, ranks.rank)
     if ranks.rank == 0:
         describe(cfg, out)
-    log.begin(cfg, ranks, tokenizer, policy.config.eos_id, resume=start if resume else None)
+    end = policy.config.eos_id
+    log.begin(cfg, model_name(cfg.model), ranks, tokenizer, end, start if resume else None)
     introduce(cfg, policy, ranks, start)
     run = Run(
         cfg, policy, tokenizer, ranks, test_set, train_set, val_set, reference, optimizer, log,

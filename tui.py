@@ -9,7 +9,7 @@ which steps were uncertain, which of them got the gradient, and how the text app
 `events.jsonl` and writes nothing; it needs no tokenizer, no torch and no connection to the trainer,
 so it works on a copy, over ssh, or while rsync is still bringing the file.
 
-From top to bottom: read (bytes of a growing file -> History, Sample), draw (data and a size in,
+events.py reads the log. Here, top to bottom: draw (data and a size in,
 lines of styled text out), screens (what a View asks for), keys (one table of them), the app.
 
 Denoising time t counts in generation order: 0 is all masks. Entropies are in nats.
@@ -18,7 +18,6 @@ Denoising time t counts in generation order: 0 is all masks. Entropies are in na
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import itertools
 import json
@@ -32,7 +31,6 @@ import statistics
 import sys
 import time
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -44,337 +42,7 @@ from rich.color import Color, blend_rgb
 from rich.segment import Segment
 from rich.style import Style
 
-# ==== read ========================================================================================
-
-SCHEMA = 1  # the newest version of the event log this file knows
-Place = tuple[int, int]  # offset and length of a line in the file
-Lines = list[tuple[int, bytes]]  # offset and line
-
-
-class Tail:
-    """The complete new lines of a growing file, by polling (works on NFS, sshfs and under rsync).
-
-    A torn last line waits for its newline. A hole of NUL bytes (a network file system may know the
-    length before the bytes) waits for `patience` polls. A file that was replaced, truncated, or
-    truncated and grown again (its first bytes tell) is read again from the start.
-    """
-
-    def __init__(self, path: Path, patience: int = 20):
-        self.path, self.patience = path, patience
-        self.offset, self.inode, self.head, self.holes = 0, 0, b"", 0
-
-    def read(self, limit: int = 1 << 20) -> tuple[bool, Lines]:
-        """(started over?, new lines) of `limit` bytes at most; none if there is no file."""
-        try:
-            file = open(self.path, "rb")
-        except FileNotFoundError:
-            return False, []
-        with file:
-            stat, head = os.fstat(file.fileno()), file.read(64)
-            same = stat.st_ino == self.inode and stat.st_size >= self.offset
-            again = self.offset > 0 and not (same and head.startswith(self.head))
-            if again:
-                self.offset = self.holes = 0
-            self.inode, self.head = stat.st_ino, head[: self.offset or None]
-            file.seek(self.offset)
-            chunk = file.read(limit)
-        end = chunk.rfind(b"\n") + 1
-        if not end and len(chunk) == limit:
-            end = limit  # no event is this long: count it as a bad line
-        hole = chunk.find(b"\0", 0, end)
-        if hole < 0:
-            self.holes = 0
-        elif self.holes < self.patience:
-            self.holes, end = self.holes + 1, chunk.rfind(b"\n", 0, hole) + 1
-        lines = []
-        for line in chunk[:end].removesuffix(b"\n").split(b"\n") if end else ():
-            lines.append((self.offset, line))
-            self.offset += len(line) + 1
-        return again, lines
-
-
-# what parsing a line that is no event of ours may raise
-UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError)
-STAMP = re.compile(rb'"ts":\s*([\d.]+)')
-FILED = re.compile(rb'\{"e":\s*"(denoise|sample|group)".*?"it":\s*(\d+),\s*"[bsp]":\s*(\d+)')
-
-
-def stamp(line: bytes) -> float:
-    """The unix time in a line of the log; 0 if it has none."""
-    found = STAMP.search(line)
-    return float(found[1]) if found else 0.0
-
-
-def number(value: object) -> float:
-    """A logged number; "nan", "inf" and "-inf" are strings in the log."""
-    return math.nan if value is None else float(value)
-
-
-def finite(values: Iterable[float]) -> list[float]:
-    return [value for value in values if math.isfinite(value)]
-
-
-@dataclass
-class History:
-    """What the events of a log add up to. `feed` depends on the lines alone: no clock, no files."""
-
-    meta: dict = field(default_factory=dict)
-    series: dict[str, dict[int, float]] = field(default_factory=dict)  # metric -> it -> value
-    entropy: dict[int, list[float]] = field(default_factory=dict)  # it -> mean entropy of each step
-    share: dict[int, list[float]] = field(default_factory=dict)  # it -> of rows that chose a step
-    evals: dict[int, dict] = field(default_factory=dict)
-    samples: dict[int, dict[int, Place]] = field(default_factory=dict)  # it -> row -> where it is
-    groups: dict[int, dict[int, Place]] = field(default_factory=dict)  # it -> prompt -> where
-    alerts: list[tuple[int, str, str]] = field(default_factory=list)  # it, level, message
-    rollout: list[bytes] = field(default_factory=list)  # `denoise` lines since the last `step`
-    phase: str = ""
-    it: int = 0  # the iteration being worked on
-    done: int = 0  # updates made
-    ckpt: dict = field(default_factory=dict)
-    end: dict | None = None
-    recent: deque = field(default_factory=lambda: deque(maxlen=50))  # the last good lines
-    edition: int = 0  # changes whenever a chart does
-    lines: int = 0
-    bad: int = 0
-    newer: bool = False
-
-    def feed(self, line: bytes, offset: int = 0) -> None:
-        """Take one line in. What cannot be used is counted, never fatal."""
-        self.lines += 1
-        # What is frequent or long is only filed: `denoise` lines are parsed while their rollout is
-        # on the screen, samples and groups when somebody looks at them.
-        filed = FILED.match(line) if line.endswith(b"}") else None
-        try:
-            if not filed:
-                self.apply(json.loads(line))
-            elif filed[1] == b"denoise":
-                self.rollout.append(line)
-            else:
-                places = self.samples if filed[1] == b"sample" else self.groups
-                places.setdefault(int(filed[2]), {})[int(filed[3])] = offset, len(line)
-            self.recent.append(line)
-        except UNUSABLE:
-            self.bad += 1
-
-    def apply(self, event: dict) -> None:
-        it = int(event.get("it") or 0)
-        if not 0 <= it < 1 << 53:
-            raise ValueError(f"iteration {it}")
-        match event["e"]:
-            case "meta":
-                self.newer |= event.get("v", SCHEMA) > SCHEMA
-                self.rewind(int(event.get("resume") or 0))
-                self.meta, self.end = event, None
-            case "phase":
-                self.phase, self.it = str(event["name"]), it
-            case "step":
-                self.step(it, event)
-            case "eval":
-                values = {name: number(value) for name, value in event["m"].items()}
-                told = {"n": event.get("n"), "split": event.get("split", "")}
-                self.evals[it] = {"accuracy": math.nan} | values | told
-                self.edition += 1
-            case "alert":
-                self.alerts.append((it, str(event.get("level", "warn")), str(event["msg"])))
-                self.edition += 1
-            case "ckpt" | "end" as name:
-                setattr(self, name, event)
-
-    def step(self, it: int, event: dict) -> None:
-        metrics = {name: number(value) for name, value in event["m"].items()}
-        entropy = [number(value) for value in event.get("ent") or []]
-        chosen = [int(n) for n in event.get("sel") or []]
-        rows = int(event.get("n") or max(chosen, default=0)) or 1
-        for name, value in metrics.items():
-            if not math.isfinite(value) and math.isfinite(self.latest(name) or 0.0):
-                self.alerts.append((it, "error", f"{name} is {value}"))
-            self.series.setdefault(name, {})[it] = value
-        if entropy:
-            self.entropy[it], self.share[it] = entropy, [n / rows for n in chosen]
-        self.it, self.done, self.edition = it, it + 1, self.edition + 1
-        self.rollout.clear()
-
-    def rewind(self, it: int) -> None:
-        """The run starts again at `it`: what was logged from there on is void."""
-        records = self.entropy, self.share, self.samples, self.groups, *self.series.values()
-        for record in records:
-            for key in [key for key in record if key >= it]:
-                del record[key]
-        self.series = {name: values for name, values in self.series.items() if values}
-        self.evals = {at: e for at, e in self.evals.items() if at <= it}  # of the weights at `it`
-        self.alerts = [alert for alert in self.alerts if alert[0] < it]
-        self.rollout.clear()
-        self.done, self.edition = min(self.done, it), self.edition + 1
-
-    def size(self, name: str) -> int:
-        """T, K, C, block, G, N or iters, from wherever the trainer wrote it; 0 if it did not."""
-        cfg = self.meta.get("cfg")
-        both = self.meta | (cfg if isinstance(cfg, dict) else {})
-        value = both.get(name) or both.get({"C": "L", "iters": "steps"}.get(name, name))
-        return value if isinstance(value, int) and 0 < value < 10**6 else 0
-
-    def latest(self, name: str) -> float | None:
-        return next(reversed(self.series.get(name, {}).values()), None)
-
-    @property
-    def accuracy(self) -> float | None:
-        """That of the last evaluation."""
-        return self.evals[max(self.evals)]["accuracy"] if self.evals else None
-
-    def live(self) -> Sample | None:
-        """The rollout in progress as far as it was logged; None between rollouts."""
-        sample, C, T = None, self.size("C"), self.size("T")
-        for line in self.rollout:
-            with contextlib.suppress(*UNUSABLE):
-                event = json.loads(line)
-                it, t0, b = int(event["it"]), int(event["t0"]), int(event.get("b", 0))
-                H, revealed = [number(h) for h in event["H"]], event.get("rv") or []
-                if not 0 <= t0 < max(1, T):
-                    continue
-                if sample is None or (sample.it, sample.g) != (it, b):  # g holds the batch here
-                    hidden = {"tok": [""] * C, "rev": [T] * C, "tent": [0.0] * C}
-                    sample = Sample({"it": it, "s": event.get("s"), "g": b, **hidden}, T)
-                sample.prompt = str(event.get("prompt") or sample.prompt)
-                sample.ent += [math.nan] * (t0 - len(sample.ent)) + H
-                for k, (i, token, entropy) in enumerate(revealed):
-                    sample.tok[i], sample.tent[i] = str(token), 50 * number(entropy)
-                    sample.rev[i] = t0 + k * len(H) // len(revealed)
-        return sample
-
-
-class Sample:
-    """One trajectory. The state at step t is: `tok[i]` where `rev[i] <= t`, masks elsewhere."""
-
-    def __init__(self, event: dict, live_T: int | None = None):
-        """From a sample event, raising one of UNUSABLE if it is none; or from the rollout in
-        progress, which will have live_T steps."""
-        event = {name: value for name, value in event.items() if value is not None}
-
-        def numbers(name: str) -> list[float]:
-            return [number(value) for value in event.get(name, [])]
-
-        self.it, self.s, self.p, self.g = (
-            int(event.get(name, 0)) for name in ("it", "s", "p", "g")
-        )
-        self.prompt = str(event.get("prompt", ""))
-        self.tok = ["" if token is None else str(token) for token in event["tok"]]
-        when, n = [int(t) for t in event["rev"]], len(self.tok)
-        self.ent, self.live = numbers("ent"), live_T is not None
-        self.T = live_T if self.live else len(self.ent) or max(when, default=0) + 1
-        self.rev = (when + [self.T] * n)[:n]  # T where never decoded: the row had ended
-        self.tent = (numbers("tent") + [0.0] * n)[:n]  # entropy of each token, in 1/50 nat
-        self.sel = [int(t) for t in event.get("sel", [])]  # the selected steps, and for each:
-        self.adv, self.ratio = numbers("adv"), numbers("ratio")
-        self.srw = numbers("srw")  # reward of the greedy one-step completion
-        self.x0 = [[str(token) for token in guess] for guess in event.get("x0", [])]  # and itself
-        self.rw = {name: number(value) for name, value in event.get("rw", {}).items()}  # by part
-        self.reward = self.rw.get("reward", sum(self.rw.values()) if self.rw else None)
-        right = event.get("ok", self.rw.get("correct", self.rw.get("solved")))
-        self.ok = None if right is None else right >= 1
-        self.decoded = sum(map(self.reached, range(n)))  # positions that were decoded at all
-        self.length = int(event.get("len", 0)) or self.decoded
-
-    @property
-    def steps(self) -> int:
-        """Denoising steps so far."""
-        return len(self.ent) if self.live else self.T
-
-    def reached(self, i: int) -> bool:
-        """Whether position i is decoded in some step, this far or later."""
-        return self.live or self.rev[i] < self.T
-
-    def guess(self, t: int) -> Sequence[str]:
-        """The one-step completion whose reward step t got, if t was selected."""
-        k = self.sel.index(t) if t in self.sel else len(self.x0)
-        return self.x0[k] if k < len(self.x0) else ()
-
-
-def parse_group(event: dict) -> list[tuple[str, float]]:
-    """(completion, reward) of the samples of one prompt."""
-    return [(str(text), number(reward)) for text, reward in zip(event["text"], event["rw"])]
-
-
-class Log:
-    """A run on disk: the tail of its file, the history read so far, the trajectories looked at."""
-
-    def __init__(self, path: Path, speed: float = 0.0, patience: int = 20, clock=time.time):
-        """With a speed, a finished log as if it were being written now, so many times as fast."""
-        self.path, self.speed, self.clock, self.began = path, speed, clock, clock()
-        self.tail, self.waiting = Tail(path, patience), deque()
-        self.replayed, self.first = speed > 0, 0.0
-        self.forget()
-
-    def now(self) -> float:
-        """The time, or how far a replay has got."""
-        now = self.clock()
-        return self.first + (now - self.began) * self.speed if self.speed else now
-
-    def forget(self) -> None:
-        self.history, self.event = History(), lru_cache(2048)(self.read)
-
-    @property
-    def name(self) -> str:
-        return clean(str(self.history.meta.get("run") or self.path.parent.name))
-
-    def poll(self, seconds: float = 0.04) -> bool:
-        """Read what is new, for about so long; True if there may be more."""
-        until = time.monotonic() + seconds
-        while True:
-            again, lines = self.tail.read()
-            if again:
-                self.forget()
-            self.waiting.extend(lines)
-            self.first = self.first or stamp(self.waiting[0][1] if self.waiting else b"")
-            while self.waiting and (not self.speed or stamp(self.waiting[0][1]) <= self.now()):
-                offset, line = self.waiting.popleft()
-                self.history.feed(line, offset)
-            if not lines or time.monotonic() > until:
-                return bool(lines)
-
-    def read(self, place: Place | None, parse: Callable[[dict], object]) -> object:
-        """What `parse` makes of a line of the file; None if there is no such event."""
-        with contextlib.suppress(OSError, *UNUSABLE), open(self.path, "rb") as file:
-            file.seek(place[0])
-            return parse(json.loads(file.read(place[1])))
-
-    def sample(self, it: int, s: int) -> Sample | None:
-        """The trajectory of row s of an iteration."""
-        return self.event(self.history.samples.get(it, {}).get(s), Sample)
-
-    def group(self, sample: Sample) -> list[Sample]:
-        """The samples that share a sample's prompt: of the others only the text is known."""
-        it, p, group = sample.it, sample.p, {sample.g: sample}
-        texts = self.event(self.history.groups.get(it, {}).get(p), parse_group)
-        for g, (text, reward) in enumerate(texts or ()):
-            event = {"it": it, "p": p, "g": g, "s": sample.s - sample.g + g, "tok": [text]}
-            group.setdefault(g, Sample(event | {"rev": [0], "rw": {"reward": reward}}))
-        return [group[g] for g in sorted(group)]
-
-    def status(self) -> tuple[str, float]:
-        """(one of STATUS; seconds since the last event)."""
-        history, meta = self.history, self.history.meta
-        if not history.recent:
-            return "waiting", 0.0
-        age = max(0.0, self.now() - stamp(history.recent[-1]))
-        if history.end:
-            return str(history.end.get("status", "finished")), age
-        if not self.replayed and [meta.get("host"), meta.get("boot")] == this_machine():
-            try:
-                os.kill(int(meta.get("pid")), 0)
-            except ProcessLookupError:
-                return "crashed", age
-            except (PermissionError, *UNUSABLE):
-                pass  # it runs, or there is no telling
-        seconds = list(history.series.get("t/total", {}).values())[-50:]
-        usual = statistics.median(seconds) if seconds else 0.0
-        return ("dead" if age > 600 else "quiet" if age > max(60, 4 * usual) else "live"), age
-
-
-def this_machine() -> list[str]:
-    """Its name, and an id of the time since it was started."""
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return [os.uname().nodename, path.read_text().strip() if path.exists() else ""]
-
+from events import SCHEMA, History, Log, Sample, finite
 
 # ==== draw ========================================================================================
 # A line is a list of (text, style), a style some words: bold, italic, on, and colours by name (see
@@ -1001,7 +669,7 @@ def header(view: View, w: int) -> Line:
     sign, colour = STATUS.get(state, STATUS["finished"])
     silence = f" {span(age)} ago" if state in GOING and age >= 5 else ""
     parts = [[(f" {sign} {state}", f"bold {colour}"), (silence, "dim")]]
-    parts.append([(f"  {view.log.name}", "bold fg")])
+    parts.append([(f"  {clean(view.log.name)}", "bold fg")])
     if iters := history.size("iters"):
         size = max(0, min(18, w // 6 - 4))
         full = round(size * min(1.0, history.done / iters))
@@ -1055,7 +723,7 @@ def curves_of(view: View, name: str) -> list[Curve]:
             series = {it: e["accuracy"] for it, e in log.history.evals.items()}
         values = smooth(series.values(), view.smooth * (name != "eval"))
         if values:
-            label = f"{log.name} {num(values[-1])}" if len(view.logs) > 1 else ""
+            label = f"{clean(log.name)} {num(values[-1])}" if len(view.logs) > 1 else ""
             curves.append(Curve(label, list(series), values, colour))
     return curves
 
@@ -1171,7 +839,7 @@ def comparison(view: View, w: int, h: int) -> list[Line]:
     top, across, table = min(len(view.logs) + 2, max(3, h // 3)), 1 + (w >= 100), []
     for i, (log, colour) in enumerate(zip(view.logs, itertools.cycle(CURVES))):
         sign, style = ("▸ ", "bold fg") if i == view.run else ("  ", "dim")
-        table.append([(sign, "fg"), ("█", colour), (f" {run_line(log, log.name)}", style)])
+        table.append([(sign, "fg"), ("█", colour), (f" {run_line(log, clean(log.name))}", style)])
     lines = panel("runs", lambda w, h: table[max(0, view.run - h + 1) :])(w, top)
     names = ["reward/mean", "entropy/mean", "eval", "entropy/sel"][: 2 * across]
     return lines + grid([curve_panel(view, name) for name in names], across, 2, w, h - top)

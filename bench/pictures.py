@@ -17,13 +17,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import events  # noqa: E402
 import tui  # noqa: E402
 
 
 def load(path: Path) -> tui.Log:
     """A log as if looked at when its last event was a second old."""
     log = tui.Log(path, patience=0)
-    log.clock = lambda: tui.stamp(log.history.recent[-1]) + 1
+    log.clock = lambda: events.stamp(log.history.recent[-1]) + 1
     log.replayed = True  # whether that process still runs does not matter
     while log.poll():
         pass

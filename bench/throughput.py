@@ -33,7 +33,7 @@ import egspo
 import model
 import run as running
 from config import Config
-from events import EventLog, Tally
+from events import EventLog
 
 SHAPES = {
     "tiny": dict(d_model=128, n_layers=7, n_heads=4, mlp_hidden_size=352),
@@ -117,7 +117,7 @@ def ours(net, optimizer, size: str, cfg: Config) -> None:
     old_SU, _ = egspo.log_probs(net, moves, cfg, guess=True)
     ref_SU, _ = egspo.log_probs(net, moves, cfg)
     moves = moves._replace(old_SU=old_SU, ref_SU=ref_SU)
-    egspo.update(net, optimizer, moves, cfg, running.Ranks(), Tally())
+    egspo.update(net, optimizer, moves, cfg, running.Ranks(), running.Tally())
 
 
 def straightforward(net, optimizer, size: str, cfg: Config) -> None:
@@ -199,7 +199,9 @@ def floor(size: str) -> dict:
     rate = matmul_rate()
     N, S = cfg.B * cfg.G, cfg.B * cfg.G * cfg.K
     rollout_s = seconds(lambda: act(net, size, cfg))
-    update_s = seconds(lambda: egspo.update(net, optimizer, moves, cfg, running.Ranks(), Tally()))
+    update_s = seconds(
+        lambda: egspo.update(net, optimizer, moves, cfg, running.Ranks(), running.Tally())
+    )
     rate = max(rate, matmul_rate())
     rollout_floor = N * cfg.T * running.forward_flops(net, L, cfg.block) / rate
     backward = 2 if cfg.lora_r else 3  # frozen weights have no gradient of their own

@@ -17,9 +17,8 @@ import torch
 import data
 from config import of_model
 from egspo import credit, gather_moves, log_probs, rollout, select_steps, update
-from events import Tally
 from model import chat_ids, left_pad, texts
-from run import Ranks, batch, load_policy, make_optimizer, uniform
+from run import Ranks, Tally, batch, load_policy, make_optimizer, uniform
 
 
 def main(steps: int = 12) -> None:

@@ -351,7 +351,7 @@ def learn(policy, cfg, reward_N, N: int = 6, seed: int = 1):
 def one_update(folder, cfg, reward_N, N: int = 6):
     policy = run.load_policy(cfg, str(folder), CPU)[0]
     moves = learn(policy, cfg, reward_N, N)
-    tally = events.Tally()
+    tally = run.Tally()
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     grads = {}
     optimizer = run.make_optimizer(policy, cfg)
@@ -398,7 +398,7 @@ def test_an_update_makes_rewarded_moves_more_likely_and_punished_ones_less(folde
     cfg = settings(lr=1e-3, warmup=0, beta=0.0, weight_decay=0.0, lam=0.0)
     policy = run.load_policy(cfg, str(folder), CPU)[0]
     moves = learn(policy, cfg, torch.tensor([1.0, 0, 0, 1, 1, 0]))
-    egspo.update(policy, run.make_optimizer(policy, cfg), moves, cfg, run.Ranks(), events.Tally())
+    egspo.update(policy, run.make_optimizer(policy, cfg), moves, cfg, run.Ranks(), run.Tally())
     after_SU, _ = egspo.log_probs(policy, moves, cfg)
     gain_SU = (after_SU - moves.old_SU) * moves.adv_SU.sign()
     assert gain_SU[moves.live_SU].mean() > 0
@@ -480,9 +480,7 @@ def test_a_number_that_is_not_finite_stops_the_run_before_the_weights_change(fol
     moves = moves._replace(adv_SU=moves.adv_SU * math.nan)
     before = policy.unembed.weight.detach().clone()
     with pytest.raises(run.Halt, match="gradient norm is nan"):
-        egspo.update(
-            policy, run.make_optimizer(policy, cfg), moves, cfg, run.Ranks(), events.Tally()
-        )
+        egspo.update(policy, run.make_optimizer(policy, cfg), moves, cfg, run.Ranks(), run.Tally())
     assert torch.equal(before, policy.unembed.weight)
 
 
@@ -584,7 +582,7 @@ def test_pieces_join_to_the_text_and_a_split_character_stands_at_its_first_token
 
 
 def test_a_tally_is_a_weighted_mean_over_everything_it_was_given():
-    tally = events.Tally()
+    tally = run.Tally()
     tally.add("x", torch.tensor([1.0, 2.0]))
     tally.add("x", torch.tensor([6.0, math.nan]), torch.tensor([True, False]))
     tally.add("x", 3.0)

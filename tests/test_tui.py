@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.color import ColorSystem
 
+import events
 import fake_run
 import tui
 
@@ -49,7 +50,7 @@ def load(path: Path, **options) -> tui.Log:
 def live(runs: Path) -> tui.Log:
     """A run whose last event is a second old, for ever."""
     log = load(runs / "live")
-    log.clock = lambda: tui.stamp(log.history.recent[-1]) + 1
+    log.clock = lambda: events.stamp(log.history.recent[-1]) + 1
     return log
 
 
@@ -68,10 +69,10 @@ def step(it: int, **metrics) -> dict:
 
 
 def feed(*events: dict) -> tui.History:
-    history = tui.History()
+    record = tui.History()
     for line in lines(*events).splitlines():
-        history.feed(line)
-    return history
+        record.feed(line)
+    return record
 
 
 def state(history: tui.History) -> str:
@@ -227,7 +228,7 @@ def test_a_long_log_is_read_once_and_in_pieces(tmp_path):
 def test_the_state_of_a_run_is_told_apart(tmp_path):
     path, ended = tmp_path / "events.jsonl", subprocess.Popen(["true"])
     ended.wait()
-    here = dict(zip(("host", "boot"), tui.this_machine()), pid=os.getpid())
+    here = dict(zip(("host", "boot"), events.this_machine()), pid=os.getpid())
 
     def status(age: float, *events: dict, **meta) -> str:
         path.write_bytes(lines(META | meta, *events))
