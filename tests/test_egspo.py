@@ -135,21 +135,20 @@ def test_a_large_vocabulary_is_sampled_like_a_small_one_and_nan_draws_a_token():
 
 @pytest.mark.skipif(not run.can_compile(), reason="no C++ compiler here")
 def test_compiled_blocks_give_the_same_scores_as_eager_ones():
-    cfg = config.of_model("tiny", "sudoku")
+    cfg = dataclasses.replace(config.of_model("tiny", "sudoku"), B=2, G=4, micro=16)
     problems = data.TASKS["sudoku"].load("val")[: cfg.B * cfg.G]
-    moves, scores = None, []
+    net, tokenizer = run.load_policy(cfg, "tiny", CPU)
+    P = run.measured(cfg, net, problems, tokenizer).P
+    prompts = model.left_pad(chat_ids(problems, tokenizer), P, net.config.pad_id)
+    u_NT2J = run.uniform((cfg.T, 2, cfg.block), range(len(problems)), 0)
+    roll = egspo.rollout(net, *prompts, cfg, u_NT2J)
+    moves = egspo.choose_moves(roll, cfg, net.config.mask_id, 0, range(len(problems)))
+    scores = []
     for compiled in (False, True):
-        net, tokenizer = run.load_policy(cfg, "tiny", CPU)
         run.accelerate(net, bf16=True, compiled=compiled)
-        if moves is None:
-            P = run.measured(cfg, net, problems, tokenizer).P
-            prompts = model.left_pad(chat_ids(problems, tokenizer), P, net.config.pad_id)
-            u_NT2J = run.uniform((cfg.T, 2, cfg.block), range(len(problems)), 0)
-            roll = egspo.rollout(net, *prompts, cfg, u_NT2J)
-            t_NK = egspo.select_steps(roll.entropy_NT, cfg.K, "entropy")
-            moves = egspo.gather_moves(roll, t_NK, net.config.mask_id)
         scores.append(egspo.log_probs(net, moves, cfg)[0][moves.live_SU])
     eager_S, compiled_S = scores
+    assert len(eager_S) > 16  # more than one micro-batch
     assert not torch.equal(eager_S, compiled_S)  # it was compiled
     assert torch.allclose(eager_S, compiled_S, atol=0.1)
 

@@ -432,7 +432,10 @@ def test_evaluation_by_lengths_and_with_samples_writes_its_numbers(toy, tmp_path
 
 
 def test_the_embedded_model_learns_to_solve_sudoku(tmp_path):
-    words = "--model tiny --task sudoku --steps 5 --eval-every 5 --eval-n 64 --no-test --no-compile"
+    words = (
+        "--model tiny --task sudoku --B 2 --micro 64 --steps 5 --lr 4e-4 --warmup 1 --eval-every 5 "
+        "--eval-n 32 --no-test --no-compile"
+    )
     start = command(*words.split(), "--out", tmp_path / "run", script=REPO / "egspo.py")
     done = subprocess.run(start, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr

@@ -221,7 +221,7 @@ def test_the_embedded_model_is_small_and_says_how_it_was_made():
 def test_greedy_decoding_of_the_embedded_model_solves_little_but_sampling_earns_more(name):
     cfg = config.of_model("tiny", name)
     net, tokenizer = running.load_policy(cfg, "tiny", torch.device("cpu"))
-    problems = TASKS[name].load("val")[:64]
+    problems = TASKS[name].load("val")[:32]
     rows = model.chat_ids([problem.prompt for problem in problems], tokenizer)
     prompts = model.left_pad(rows, max(map(len, rows)), net.config.pad_id)
 
@@ -231,7 +231,7 @@ def test_greedy_decoding_of_the_embedded_model_solves_little_but_sampling_earns_
         return TASKS[name].rewards(answers, problems)
 
     greedy = rewards(None)
-    assert sum(reward.correct for reward in greedy) <= 0.2 * 64
-    noise = (running.uniform((cfg.T, 2, cfg.block), range(64), seed) for seed in range(4))
+    assert sum(reward.correct for reward in greedy) <= 0.2 * 32
+    noise = (running.uniform((cfg.T, 2, cfg.block), range(32), seed) for seed in range(3))
     best = torch.tensor([rewards(u) for u in noise]).amax(0)
-    assert best.mean() > torch.tensor(greedy).mean() + 0.1  # of four samples
+    assert best.mean() > torch.tensor(greedy).mean() + 0.1  # of three samples
