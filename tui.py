@@ -33,7 +33,6 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -150,8 +149,9 @@ def message(text: str) -> Draw:
     return lambda w, h: fill([[(text, "dim")]], w, h)
 
 
-def panel(title: str, draw: Draw, right: str = "", hot: bool = False) -> Draw:
-    """A box around what draws; no box where there is no room for it."""
+def panel(title: str, draw: Draw, right: str = "", hot: bool = False, foot: str = "") -> Draw:
+    """A box around what draws; no box where there is no room for it. Of the foot's parts, two
+    spaces apart, the first ones that fit."""
     rail, name = ("sky", "bold fg") if hot else ("line", "dim")
 
     def boxed(w: int, h: int) -> list[Line]:
@@ -163,21 +163,33 @@ def panel(title: str, draw: Draw, right: str = "", hot: bool = False) -> Draw:
         top = [("╭─", rail), (head, name), (rest, rail), (note, "dim"), ("─╮", rail)]
         inside = fill(draw(w - 4, h - 2), w - 4, h - 2)
         sides = [[("│ ", rail), *line, (" │", rail)] for line in inside]
-        return [top, *sides, [(f"╰{'─' * (w - 2)}╯", rail)]]
+        told = foot
+        while cell_len(told) > w - 5:
+            told = told.rpartition("  ")[0]
+        told = f" {told} " if told else ""
+        bottom = [("╰─", rail), (told, "dim"), (f"{'─' * (w - 3 - cell_len(told))}╯", rail)]
+        return [top, *sides, bottom]
 
     return boxed
 
 
 def num(value: float | None) -> str:
-    """Three digits that matter, in at most seven cells."""
+    """Three digits that matter, or fewer, in at most seven cells."""
     if value is None:
         return "-"
     text = f"{value:.0f}" if 100 <= abs(value) < 1e5 else f"{value:#.3g}".rstrip(".")
-    return text if len(text) <= 7 else f"{value:.0e}".replace("e-0", "e-").replace("e+", "e")
+    for form in (".2g", ".0e"):
+        text = text if len(text) <= 7 else re.sub(r"e\+?(-?)0", r"e\1", f"{value:{form}}")
+    return text
 
 
 def span(seconds: float) -> str:
-    return str(timedelta(seconds=int(seconds)))
+    """27s, 4m05s, 1h52m, 3 days."""
+    m, s = divmod(int(seconds), 60)
+    h, m = divmod(m, 60)
+    if h >= 48:
+        return f"{h // 24} days"
+    return f"{h}h{m:02}m" if h else f"{m}m{s:02}s" if m else f"{s}s"
 
 
 def clean(text: str) -> str:
@@ -219,17 +231,18 @@ def slots(n: int, w: int) -> tuple[int, list[range]]:
     return 1, [range(c * n // w, (c + 1) * n // w) for c in range(max(1, w))]
 
 
-def step_axis(n: int, left: int, w: int, t: int | None = None) -> Line:
-    """The denoising steps under their columns; the cursor's for sure, then the ends."""
+def step_axis(n: int, left: int, w: int, t: int | None = None, every: int = 0) -> Line:
+    """The denoising steps under their columns: the cursor's for sure, then the ends, then all that
+    fit or every so many."""
     pitch, columns = slots(n, w - left)
     middle = left + (pitch - 1 - (pitch > 2)) // 2
     places = {i: middle + c * pitch for c, steps in enumerate(columns) for i in steps}
-    wanted = (t, 0, n - 1, *range(0, n, 1 if pitch >= 3 else max(1, n // 8)))
+    wanted = (t, 0, n - 1, *range(0, n, 1 if pitch >= 3 else every or max(1, n // 8)))
     return labelled([(places[i], i) for i in wanted if i in places], w)
 
 
 def strip(
-    entropy: Numbers, chosen: Numbers, w: int, h: int, t: int | None = None, mark: str = "▲"
+    entropy: Numbers, chosen: Numbers, w: int, h: int, t: int | None, mark: str, every: int
 ) -> list[Line]:
     """Entropy of each denoising step as bars, marks under the chosen ones, a cursor at t.
     `chosen` is, of every step, the share of the samples that selected it."""
@@ -251,7 +264,7 @@ def strip(
         share = max((chosen[i] for i in steps if i < len(chosen)), default=0.0)
         text = f"{mark if share > 0 else '':^{wide}}"
         lines[bars].append((f"{text:<{pitch}}", f"mark@{round(20 + 80 * min(1.0, share))}"))
-    return fill([*lines, step_axis(n, left, w, t)], w, h)
+    return fill([*lines, step_axis(n, left, w, t, every)], w, h)
 
 
 def bars(values: Numbers, columns: list[range], pitch: int, low: float, high: float) -> Line:
@@ -323,23 +336,27 @@ def dots_of(curve: Curve, x: Callable, y: Callable) -> Iterable[tuple[int, int]]
 def chart(
     curves: Sequence[Curve], log: bool, points: Points, cursor: int | None, w: int, h: int
 ) -> list[Line]:
-    """Curves over iterations, their names above. `points` are marked; so, on the bottom line, is
-    every value that is not a number."""
+    """Curves over iterations, named at their right ends. `points` are marked; so, on the bottom
+    line, is every value that is not a number."""
 
     def scaled(value: float) -> float:
         return value if not log else math.log10(value) if value > 0 else math.nan
+
+    def end(curve: Curve) -> float:
+        return finite(curve.values)[-1]
 
     lost = [it for c in curves for it, value in zip(c.its, c.values) if not math.isfinite(value)]
     curves = [replace(c, values=[scaled(v) for v in c.values]) for c in curves if len(c.its)]
     points = [(it, scaled(value)) for it, value in points if math.isfinite(scaled(value))]
     its = [it for c in curves for it in (c.its[0], c.its[-1])] + [it for it, _ in points]
-    names = [(f"{c.label}  ", c.colour) for c in curves[::-1] if c.label]
-    left, below = 7 if w >= 30 else 0, h - 1 - (len(names) > 0)
-    if not its or w < 4 or below < 1:
+    named = sorted((c for c in curves if c.label and finite(c.values)), key=end, reverse=True)
+    longest = max((cell_len(c.label) + 1 for c in named), default=0)
+    left, right = (7, min(20, w // 3, longest)) if w >= 30 else (0, 0)
+    if not its or w < 4 or h < 2:
         return message("no data yet")(w, h)
     shown = finite([v for c in curves for v in c.values] + [v for _, v in points])
     low, high, tick = nice(min(shown, default=0), max(shown, default=1), max(1, min(5, h // 3)))
-    first, last, wide = min(its), max(its), max(1, w - left)
+    first, last, wide, below = min(its), max(its), max(1, w - left - right), h - 1
 
     def x(it: int) -> int:  # in dots, two to a cell
         return round((it - first) / max(1, last - first) * (2 * wide - 1))
@@ -361,10 +378,16 @@ def chart(
             canvas[place] = glyph, f"{style} on line"
     values = [low + i * tick for i in range(round((high - low) / tick) + 1)]
     ticks = {y(v) // 4: f"{10.0 ** min(300, v) if log else v:.4g}"[:6] for v in values}
-    lines: list[Line] = [[(" " * left, ""), *names]] if names else []
+    ends: dict[int, Curve] = {}  # by line, moved apart where they would collide
+    for i, curve in enumerate(named):
+        row = max(y(end(curve)) // 4, max(ends, default=-1) + 1)
+        ends[min(row, below - len(named) + i)] = curve
+    lines: list[Line] = []
     for row in range(below):
         rail = f"{ticks.get(row, ''):>6}{'┤' if row in ticks else '│'}" if left else ""
-        lines.append([(rail, "dim"), *(canvas.get((i, row), (" ", "")) for i in range(wide))])
+        name = [(f" {ends[row].label}", ends[row].colour)] if row in ends else []
+        dots = [canvas.get((i, row), (" ", "")) for i in range(wide)]
+        lines.append([(rail, "dim"), *dots, *name])
     parts = max(1, wide // 12)
     labels = {first + (last - first) * k // parts: None for k in (0, parts, *range(parts))}
     return fill([*lines, labelled([(left + x(it) // 2, it) for it in labels], w)], w, h)
@@ -416,6 +439,18 @@ class Picture:
                     lines[-1].append((c, style))
                     x += cell_len(c)
             focus = len(lines) - 1 if when == self.t else focus
+        return fill(lines, w, h, focus)
+
+    def mosaic(self, size: int, w: int, h: int) -> list[Line]:
+        """Every position as a cell, `size` on a line: where the text has been filled in."""
+        sample, focus = self.sample, 0
+        lines = [[(f"{i:>3}  ", "dim")] for i in range(0, len(sample.rev), size)]
+        for i, when in enumerate(sample.rev):
+            cell = ("·", "mask") if sample.reached(i) else (" ", "")
+            if when <= self.t:
+                cell = "◆" if when == self.t else "█", self.style(i, self.t)
+            lines[i // size].append(cell)
+            focus = i // size if when == self.t else focus
         return fill(lines, w, h, focus)
 
     @property
@@ -708,10 +743,11 @@ def strip_panel(view: View, sample: Sample | None) -> Draw:
         right = "▲ chosen, strong: by many"
     else:
         return panel("entropy", message("waiting for the first rollout"))
-    T = history.size("T") or len(entropy)
+    T = history.size("T") or len(entropy) or 1
+    every = T * history.size("block") // (history.size("C") or 1) % T  # steps of one of many blocks
     chosen = share or [float(i in sel) for i in range(T)]
     title = f"entropy per denoising step · iteration {what}"
-    return panel(title, lambda w, h: strip(entropy, chosen, w, h, t, mark), right)
+    return panel(title, lambda w, h: strip(entropy, chosen, w, h, t, mark, every), right)
 
 
 def curves_of(view: View, name: str) -> list[Curve]:
@@ -723,7 +759,7 @@ def curves_of(view: View, name: str) -> list[Curve]:
             series = {it: e["accuracy"] for it, e in log.history.evals.items()}
         values = smooth(series.values(), view.smooth * (name != "eval"))
         if values:
-            label = f"{clean(log.name)} {num(values[-1])}" if len(view.logs) > 1 else ""
+            label = f"{num(values[-1])} {clean(log.name)}" if len(view.logs) > 1 else ""
             curves.append(Curve(label, list(series), values, colour))
     return curves
 
@@ -744,7 +780,7 @@ def reward_panel(view: View) -> Draw:
     parts = [name for name in history.series if re.fullmatch("reward/(?!mean|std).*", name)]
     for name, colour in zip(["reward/mean", *parts[:2]], CURVES):
         for curve in curves_of(view, name):
-            label = f"{name[7:]} {num(curve.values[-1])}"
+            label = f"{num(curve.values[-1])} {name[7:]}"
             curves.insert(0, replace(curve, colour=colour, label=label))
     points = [(it, e["accuracy"]) for it, e in history.evals.items()]
     right = f"◆ evaluation {num(history.accuracy)}" if points else ""
@@ -765,16 +801,23 @@ def metric_lines(history: History, w: int, h: int) -> list[Line]:
     return lines or message("waiting for the first update")(w, 1)
 
 
+def phases(history: History) -> str:
+    """How long each phase of the last step took, the longest first."""
+    names = [name for name in history.series if re.match("t/(?!total)", name)]
+    seconds = sorted(((history.latest(name), name[2:]) for name in names), reverse=True)
+    return "  ".join(f"{name} {s:.1f} s" for s, name in seconds)
+
+
 def caption(sample: Sample, t: int, w: int, most: int) -> list[Line]:
     """Which sample this is, how it ended, and the prompt in `most` lines at most."""
     sign = {True: "✓ ", False: "✗ "}.get(sample.ok, "")
     entropy = num(sample.ent[t]) if 0 <= t < len(sample.ent) else "-"
     tokens = f"{sum(when <= t for when in sample.rev)}/{sample.decoded} tokens"
-    reward = "" if sample.reward is None else f"{sign}reward {num(sample.reward)}   "
+    reward = "" if sample.reward is None else f"{sign}reward {num(sample.reward)}  "
     head = [
-        (f"it {sample.it} · prompt {sample.p} · sample {sample.s}   ", "bold fg"),
+        (f"it {sample.it} · prompt {sample.p} · sample {sample.s}  ", "bold fg"),
         (reward, "teal" if sample.ok else "orange"),
-        (f"step {t}/{sample.T - 1}   {tokens}   H {entropy}", "dim"),
+        (f"step {t}/{sample.T - 1}  H {entropy}  {tokens}", "dim"),
     ]
     question, n = f"Q: {clean(sample.prompt)}".replace("\n", " "), max(1, w)
     if len(question) > n * most > 0:  # the puzzle itself often comes last
@@ -784,8 +827,8 @@ def caption(sample: Sample, t: int, w: int, most: int) -> list[Line]:
 
 
 def trajectory(view: View, sample: Sample | None, w: int, h: int) -> list[Line]:
-    """One completion as it was denoised: a film of all steps if it is short, else the text as it
-    was after the step under the cursor."""
+    """One completion as it was denoised: a film of all steps if it is short; else where (mosaic)
+    and what (prose) had been filled in after the step under the cursor."""
     if sample is None:
         return panel("denoising", message("no sample logged yet"))(w, h)
     picture = Picture(sample, view.step(sample), view.colour, view.guess)
@@ -802,7 +845,12 @@ def trajectory(view: View, sample: Sample | None, w: int, h: int) -> list[Line]:
             lines.append([])
         return lines + picture.prose(w, max(1, h - len(lines)))
 
-    return panel(f"denoising{' now' * sample.live}", draw, f"colour: {view.colour}")(w, h)
+    block = view.history.size("block") or 32
+    size = block if 2 * block + 18 <= w else 32  # a line a block, if there is room
+    left = 0 if short or w < 100 else max(24, 9 + size)
+    positions = panel("positions", lambda w, h: picture.mosaic(size, w, h))
+    text = panel(f"denoising{' now' * sample.live}", draw, f"colour: {view.colour}")
+    return beside(w, h, (left, w - left), positions, text)
 
 
 def overview(view: View, w: int, h: int) -> list[Line]:
@@ -818,7 +866,7 @@ def overview(view: View, w: int, h: int) -> list[Line]:
     top = 7 if h < 36 else max(8, h // 5)
     bottom = 0 if h < 28 else max(11, (h - top) * 14 // 25)
     weights = (5, 3) if w >= 100 else (1, 1)
-    health = panel("health", lambda w, h: metric_lines(history, w, h))
+    health = panel("health", lambda w, h: metric_lines(history, w, h), foot=phases(history))
     lines = strip_panel(view, sample)(w, top)
     lines += view.once(
         w, h - top - bottom, lambda w, h: beside(w, h, weights, reward_panel(view), health)
@@ -951,13 +999,22 @@ def summary(log: Log) -> dict:
 
 def run_view(view: View, w: int, h: int) -> list[Line]:
     """Where the run is, how far, how fast and with which settings; its alerts and last events."""
-    history, below, wide = view.history, h * 2 // 5, w >= 80
-    facts = {name: v for name, v in summary(view.log).items() if not isinstance(v, (dict, list))}
+    history, below, wide, told = view.history, h * 2 // 5, w >= 80, summary(view.log)
+    facts = {
+        "state": f"{told['status']}, last event {span(told['age_s'])} ago",
+        "error": told["error"],
+        "updates": f"{history.done} of {history.size('iters')}",
+        "last step": phases(history),
+        **{name: told[name] for name in ("model", "task", "sizes", "command", "git")},
+        "machine": f"{told['host']}, process {told['pid']}",
+        "log": f"{told['log']}: {history.lines} lines, {history.bad} unreadable",
+        "checkpoint": told["checkpoint"],
+    }
     for it, e in list(history.evals.items())[-3:]:
         low, high = e.get("lo", math.nan), e.get("hi", math.nan)
-        facts[f"eval at {it}"] = f"{e['accuracy']:.1%} ({low:.1%} to {high:.1%}) of {e['n']}"
-    for name in [name for name in history.series if name.startswith("t/")]:
-        facts[name] = f"{num(history.latest(name))} s"
+        facts[f"eval at {it}"] = (
+            f"{e['accuracy']:.1%} ({low:.1%} to {high:.1%}) of {e['n']} {e['split']}"
+        )
 
     def table(facts: object, skip: int) -> Draw:
         known = facts.items() if isinstance(facts, dict) else ()

@@ -327,8 +327,8 @@ VALUES = st.lists(
 @given(VALUES, st.integers(1, 140), st.integers(1, 130), st.integers(2, 20), st.booleans())
 def test_every_picture_fills_exactly_its_cells(values, T, w, h, log):
     positive = [abs(value) for value in values]
-    check(tui.strip(positive, [1.0] + [0.0] * (T - 1), w, h, T // 2, "△"), w, h)
-    check(tui.strip(positive, [0.5] * T, w, h), w, h)
+    check(tui.strip(positive, [1.0] + [0.0] * (T - 1), w, h, T // 2, "△", 0), w, h)
+    check(tui.strip(positive, [0.5] * T, w, h, None, "▲", 16), w, h)
     its = range(5, 5 + len(values))
     curves = [tui.Curve("", its, values, "sky"), tui.Curve("a", its, values, "orange")]
     check(tui.chart(curves, log, [(3, 0.5), (9, math.nan)], 6, w, h), w, h)
@@ -355,6 +355,7 @@ def test_any_text_fits_its_cells(tokens, w, h, t, data):
         sample = tui.Sample(event | dict(x0=[tokens, tokens]), live)
         check(tui.Picture(sample, t, guess=True).prose(w, h), w, h)
         check(tui.Picture(sample, t, guess=True).film(w, h), w, h)
+        check(tui.Picture(sample, t).mosaic(8, w, h), w, h)
         text = tui.plain(tui.Picture(sample, 9).prose(w, h))
         assert all(c.isprintable() for c in text.replace("\n", ""))
 
@@ -365,7 +366,7 @@ def test_triangles_and_the_cursor_stand_under_their_steps(T, width):
     for t in (0, 5, T - 1):
         entropy[t] = 3.0
     chosen = [float(t in (0, 5, T - 1)) for t in range(T)]
-    rows = tui.plain(tui.strip(entropy, chosen, width, 6, t=5)).splitlines()
+    rows = tui.plain(tui.strip(entropy, chosen, width, 6, 5, "▲", 0)).splitlines()
     tall = [x for x, c in enumerate(rows[0]) if c == "█"]  # the top row: only the high bars
     marks = [x for x, c in enumerate(rows[4]) if c == "▲"]
     assert len(marks) == 3 and all(x in tall for x in marks)
@@ -465,7 +466,7 @@ def test_several_runs_are_overlaid_and_named(runs):
     logs = [load(runs / name) for name in ("sudoku", "gsm8k")]
     text = screen(logs, (120, 40))
     for name in ("sudoku-0", "gsm8k"):
-        assert text.count(name) >= 4  # in the table, and above each chart
+        assert text.count(name) >= 4  # in the table, and at each curve
     assert "entropy/mean" in text and "reward/mean" in text
 
 
@@ -504,6 +505,30 @@ def test_no_event_of_any_shape_stops_the_monitor(tmp_path):
                 tui.press(view, key)
             check(tui.frame(view, 120, 40), 120, 40)
         json.dumps(tui.summary(log), default=str)
+
+
+def test_the_mosaic_has_a_line_for_each_block_and_a_cell_for_each_position(runs):
+    sample = load(runs / "gsm8k").sample(9, 1)
+    rows = tui.plain(tui.Picture(sample, 20).mosaic(32, 40, 4)).splitlines()
+    assert [row[:5] for row in rows] == ["  0  ", " 32  ", " 64  ", " 96  "]
+    cells = "".join(row[5:] for row in rows)
+    assert cells == "".join("█◆·"[(t >= 20) + (t > 20)] for t in sample.rev)
+    assert "positions" in screen(load(runs / "gsm8k"), (120, 40), number=3)
+    assert "positions" not in screen(load(runs / "sudoku"), (120, 40), number=3)  # it has a film
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0.9, "0s"), (27, "27s"), (245, "4m05s"), (6720, "1h52m"), (3 * 86400 + 9, "3 days")],
+)
+def test_durations_are_told_as_people_tell_them(seconds, text):
+    assert tui.span(seconds) == text
+
+
+def test_the_health_panel_ends_with_the_seconds_of_each_phase_as_far_as_they_fit(runs):
+    log = load(runs / "sudoku")
+    assert "update 1.9 s  rollout 1.0 s  logp 0.7 s  score 0.0 s" in screen(log, (160, 40))
+    assert "update 1.9 s  rollout 1.0 s ─" in screen(log, (80, 24))
 
 
 # ---- keys ----------------------------------------------------------------------------------------
