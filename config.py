@@ -241,7 +241,7 @@ def configure(file: str, settings: dict) -> Config:
     """A Config of what a file says, not checked yet: flags may still mend it."""
     cfg = Config()
     for name, value in settings.items():
-        if not hasattr(cfg, name):
+        if name not in Config.__dataclass_fields__:
             raise ValueError(f"{file}: not of this version (no setting is called {name})")
         object.__setattr__(cfg, name, value)  # tyro builds, and so checks, another one of it
     return cfg

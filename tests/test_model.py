@@ -474,6 +474,16 @@ def test_a_model_that_is_not_to_be_had_says_what_to_put_where(path, monkeypatch)
     assert "\n" not in str(caught.value)
 
 
+def test_a_revision_that_is_not_to_be_had_is_named(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="from the hub at revision v1") as caught:
+        model.find_folder("no-such-owner/no-such-model@v1")
+    assert "https://huggingface.co/no-such-owner/no-such-model into" in str(caught.value)
+    with pytest.raises(FileNotFoundError) as caught:
+        model.find_folder("no-such-owner/no-such-model")
+    assert "revision" not in str(caught.value) and "\n" not in str(caught.value)
+
+
 # ---- LoRA ----------------------------------------------------------------------------------------
 
 
@@ -680,6 +690,17 @@ def test_a_quantised_base_is_small_and_near_and_trains(tmp_path):
     model.save(net, tmp_path / "merged")
     with torch.no_grad():
         assert (model.load(tmp_path / "merged")(some_ids()) - tuned).norm() < 0.03 * tuned.norm()
+
+
+def test_a_4_bit_weight_counts_in_full():
+    made = [model.from_config(LLADA, quantize=kind) for kind in ("none", "nf4")]
+    exact, packed = (sum(p.numel() for p in net.parameters()) for net in made)
+    assert packed < exact
+    assert [model.count(net)[0] for net in made] == [exact, exact]
+    for net in made:
+        model.add_lora(net, r=3, alpha=6)
+    adapters = sum(p.numel() for n, p in made[1].named_parameters() if "lora" in n)
+    assert [model.count(net) for net in made] == [(exact + adapters, adapters)] * 2
 
 
 def test_a_quantised_linear_is_its_dense_weight_forward_and_backward():

@@ -62,6 +62,16 @@ def test_a_run_leaves_everything_that_the_monitor_and_a_reader_need(whole, toy):
     assert "torch" in (whole / "source" / "env.txt").read_text()
     assert (whole / "checkpoints" / "latest").resolve().name == "step-6"
     assert not same(weights(whole), load_file(toy / "model.safetensors"))
+    own = config.of_model(str(whole))  # what its checkpoint says of itself
+    assert (own.task, own.C, own.T, own.block, own.B, own.G, own.K) == (
+        "letters",
+        12,
+        6,
+        12,
+        2,
+        2,
+        2,
+    )
     log = events(whole)
     assert [event["q"] for event in log] == list(range(len(log)))
     assert all(list(event)[:3] == ["e", "q", "ts"] for event in log)

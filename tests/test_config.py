@@ -1,0 +1,104 @@
+"""Settings: where they come from, and how a bad file is told."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+import config
+
+SHAPE = ("C", "T", "block", "B", "G", "K")
+
+
+def write(folder: Path, **files: dict) -> str:
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_a_flag_is_spelt_with_hyphens_or_underscores():
+    words = ["--model", "tiny", "--out", "x", "--lengths", "24"]
+    with_hyphens = config.parse([*words, "--eval-only", "--eval-n", "8"])
+    assert config.parse([*words, "--eval_only", "--eval_n", "8"]) == with_hyphens
+    cfg, mode = with_hyphens
+    assert mode.eval_only and cfg.eval_n == 8
+
+
+def test_settings_are_constant():
+    cfg, mode = config.parse(["--model", "tiny", "--out", "x"])
+    for settings in (cfg, mode):
+        for field in dataclasses.fields(settings):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(settings, field.name, getattr(settings, field.name))
+
+
+# ---- a model's defaults --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [32, 4096])
+def test_a_model_without_defaults_takes_those_of_config_whatever_its_width(tmp_path, width):
+    path = write(tmp_path, config={"model_type": "llada", "d_model": width})
+    assert config.of_model(path) == config.Config(model=path)
+    assert config.of_model(path, "math") == config.Config(model=path, task="math")
+    cfg, _ = config.parse(["--model", path, "--out", "x"])
+    assert cfg == config.Config(model=path, out="x")
+
+
+def test_a_models_own_defaults_are_of_its_task_and_flags_come_before_them(tmp_path):
+    path = write(
+        tmp_path,
+        defaults={
+            "task": "countdown",
+            "settings": {"lr": 0.5, "C": 64, "T": 64},
+            "by_task": {"countdown": {"C": 32, "T": 8}, "math": {"B": 3}},
+        },
+    )
+    made = config.Config(model=path, task="countdown", lr=0.5, C=32, T=8)
+    assert config.of_model(path) == made
+    assert config.of_model(path, "math") == config.Config(
+        model=path, task="math", lr=0.5, C=64, T=64, B=3
+    )
+    cfg, _ = config.parse(["--model", path, "--out", "x", "--lr", "0.25", "--T", "16"])
+    assert cfg == dataclasses.replace(made, out="x", lr=0.25, T=16)
+
+
+def test_a_checkpoint_carries_on_with_its_task_and_shape_and_knows_the_other_tasks(tmp_path):
+    changes = dict(C=16, T=4, block=8, B=3, G=5, K=2)
+    trained = dataclasses.replace(config.of_model("tiny", "countdown"), **changes)
+    assert all(getattr(trained, name) != getattr(config.Config(), name) for name in SHAPE)
+    path = write(tmp_path / "first", defaults=config.carry_on(trained))
+    assert config.of_model(path) == dataclasses.replace(trained, model=path)
+    others = {task: config.of_model("tiny", task) for task in ("sudoku", "math")}
+    for task, cfg in others.items():
+        assert config.of_model(path, task) == dataclasses.replace(cfg, model=path)
+    # and so on, from checkpoint to checkpoint
+    again = dataclasses.replace(config.of_model(path, "sudoku"), G=9)
+    path = write(tmp_path / "second", defaults=config.carry_on(again))
+    assert config.of_model(path) == dataclasses.replace(again, model=path)
+    assert config.of_model(path, "countdown") == dataclasses.replace(trained, model=path)
+
+
+@pytest.mark.parametrize("name", ["colour", "stepwise", "configure"])
+def test_an_unknown_setting_in_a_file_is_one_line_that_names_both(tmp_path, name):
+    model = write(tmp_path / "model", defaults={"settings": {"lr": 0.5, name: 1}})
+    by_task = write(tmp_path / "by_task", defaults={"by_task": {"sudoku": {name: 1}}})
+    run = write(tmp_path / "run", config={"lr": 0.5, name: 1})
+    for words, file in (
+        (["--model", model], f"{model}/defaults.json"),
+        (["--model", by_task], f"{by_task}/defaults.json"),
+        (["--out", run, "--resume"], f"{run}/config.json"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            config.parse(words)
+        message = str(caught.value)
+        assert file in message and name in message and "\n" not in message
+
+
+def test_a_bad_value_in_a_models_defaults_is_told_like_that_of_a_flag(tmp_path):
+    path = write(tmp_path, defaults={"settings": {"K": 999}})
+    with pytest.raises(ValueError, match="--K 999: cannot select more steps than --T 128"):
+        config.parse(["--model", path, "--out", "x"])
+    cfg, _ = config.parse(["--model", path, "--out", "x", "--K", "4"])  # a flag mends it
+    assert cfg.K == 4
