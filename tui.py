@@ -600,7 +600,9 @@ class View:
         """Go round the values of a setting."""
         values = VALUES.get(name, (False, True))
         value = values[(values.index(getattr(self, name)) + 1) % len(values)]
-        self.put({name: value, "note": f"{name}: {value}", "pick": self.pick * (name != "help")})
+        word = value if name in VALUES else "on" if value else "off"
+        note = "" if name in ("help", "zoom") else f"{name.replace('_', ' ')}: {word}"
+        self.put({name: value, "note": note, "pick": self.pick * (name != "help")})
 
     def stay(self, changes: dict[str, object] | None = None) -> Sample | None:
         """Stop following: keep what is on the screen, whatever arrives. The sample that leaves."""
@@ -1128,11 +1130,11 @@ def footer(view: View, w: int) -> Line:
 
 
 def help_view(view: View, w: int, h: int) -> list[Line]:
-    lines: dict[str, Line] = {}
+    words: dict[str, list[str]] = {}
     for key in KEYS:
-        line = lines.setdefault(key.label, [(f"{key.label:<16} ", "bold orange")])
-        line.append((f"{key.help}; ", "fg"))
-    return panel("keys", lambda w, h: list(lines.values())[view.pick :])(w, h)
+        words.setdefault(key.label, []).append(key.help)
+    lines = [[(f"{label:<16} ", "bold orange"), ("; ".join(words[label]), "")] for label in words]
+    return panel("keys", lambda w, h: lines[view.pick :])(w, h)
 
 
 SCREENS = (overview, entropy_view, trajectory_view, samples_view, curves_view, run_view)
