@@ -281,10 +281,10 @@ def bars(values: Numbers, columns: list[range], pitch: int, low: float, high: fl
 
 
 def spark(values: Numbers, w: int) -> Line:
-    """The last values of a metric on a scale of their own."""
+    """The last values of a metric on a scale of their own, which leaves a gap to the line above."""
     values = values[-4 * max(1, w) :]
     low, high = min(finite(values), default=0.0), max(finite(values), default=0.0)
-    return fit(bars(values, slots(len(values), max(1, w))[1], 1, low, high), w)
+    return fit(bars(values, slots(len(values), max(1, w))[1], 1, low, high + (high - low) / 6), w)
 
 
 def carpet(data: Sequence[Numbers], its: Sequence[int], high: float, it: int | None) -> Draw:
@@ -1167,9 +1167,10 @@ def svg(lines: Sequence[Line], light: bool = False) -> str:
     page = Console(record=True, width=max(map(cells, lines), default=1), file=io.StringIO())
     page.print(SegmentLines(map(segments, lines), new_lines=True), end="")
     code = re.sub(r"@font-face {{.*?}}|<!--.*?-->", "", CONSOLE_SVG_FORMAT, flags=re.S)
-    code = code.replace("<svg", '<svg xml:space="preserve"').replace("{char_height}px", "21px")
-    code = code.replace("Fira Code", "DejaVu Sans Mono, Menlo, Consolas")  # 21px: bars touch
-    return page.export_svg(title="tui.py", code_format=code, font_aspect_ratio=0.632)
+    code = code.replace("<svg", '<svg xml:space="preserve"').replace("{char_height}px", "21.2px")
+    code = code.replace("Fira Code", "DejaVu Sans Mono, Menlo, Consolas")
+    text = page.export_svg(title="tui.py", code_format=code, font_aspect_ratio=0.638)
+    return re.sub(r'clip-path="[^"]*-line-\d+\)"', "", text)  # uncut and at 21.2px, bars touch
 
 
 def save(view: View, w: int, h: int) -> str:
