@@ -603,13 +603,12 @@ PEFT_TARGETS = {
 
 
 @pytest.mark.parametrize("case", PEFT_TARGETS)
+# what adapts one block is saved with its maps' endings: PEFT adds the other blocks', as zeros
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys.*blocks.0.ff_out:UserWarning")
 def test_an_adapter_made_by_peft_loads_with_the_same_outputs_and_back(case, tmp_path):
     raw, targets = PEFT_TARGETS[case]
     saved_base(raw, tmp_path / "base")
-    config = peft.LoraConfig(
-        r=4, lora_alpha=2, target_modules=targets, init_lora_weights=False,
-        base_model_name_or_path=str(tmp_path / "base"),
-    )  # fmt: skip
+    config = peft.LoraConfig(r=4, lora_alpha=2, target_modules=targets, init_lora_weights=False)
     twin = peft.get_peft_model(twin_of(tmp_path / "base"), config)
     twin.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     twin.save_pretrained(tmp_path / "adapter")
