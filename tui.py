@@ -768,7 +768,8 @@ def curves_of(view: View, name: str) -> list[Curve]:
 
 def curve_panel(view: View, name: str, hot: bool = False) -> Draw:
     """One metric over iterations; zoomed with a cursor and the values there."""
-    curves, cursor, right = curves_of(view, name), None, num(view.history.latest(name))
+    history, curves, cursor = view.history, curves_of(view, name), None
+    right = num(history.accuracy if name == "eval" else history.latest(name))
     if view.zoom and curves:
         cursor = curves[-1].its[-1] if view.it is None else view.it
         at = [c.values[min(bisect_left(c.its, cursor), len(c.its) - 1)] for c in curves]
