@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+import letters  # noqa: F401  the task of SMALL, for tests that call egspo.main
+
 REPO = Path(__file__).parents[1]
 LETTERS = REPO / "tests" / "letters.py"
 SMALL = (

@@ -17,7 +17,6 @@ from tokenizers import pre_tokenizers
 
 import config
 import egspo
-import letters  # noqa: F401  the task of these runs
 import model
 import run as running
 from processes import (
