@@ -1,5 +1,6 @@
 """Put the modules on the path, and leave the slow tests out unless they are asked for."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
+
+
+def pytest_collection_finish():
+    """What has been imported is no garbage: pytest collects five times at the end, in half a
+    million objects of torch and others; a worker that leaves for five seconds is interrupted."""
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter):
