@@ -3,7 +3,7 @@
 `parse` turns a command line into a `Config`, checked and constant from then on, and a `Mode`: what
 to do instead of starting a new run. A model may bring its own defaults: `defaults.json` in its
 folder, as tiny/ has it, with the `task` it was made for, `settings` for all tasks and `by_task`
-what one of them wants otherwise. What a run trained carries on with the settings of that run.
+what one of them wants otherwise. A checkpoint inherits the task and the sizes of its run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import math
 import os
 import re
@@ -32,13 +33,13 @@ class Config:
 
     task: str = "sudoku"  # what to learn: sudoku countdown toycode gsm8k math humaneval mbpp
     model: str = "GSAI-ML/LLaDA-8B-Instruct"  # a folder, a hub id[@revision], or tiny (embedded)
-    out: str = ""  # run folder (default: runs/<task>-<model>-<time>)
+    out: str = ""  # run folder; without it runs/<task>-<model>-<time>
     steps: int = 1000  # one rollout each, and --mu optimizer updates
-    seed: int = 0
+    seed: int = 0  # of everything random: batches, draws, selection, new adapters
     eval_every: int = 50  # steps between evaluations on the validation split
     eval_n: int = 0  # problems of an evaluation; 0: the whole split
     test: bool = True  # evaluate the test split once, after the last step
-    save_every: int = 50  # steps between checkpoints
+    save_every: int = 50  # steps between checkpoints; the best is one that was evaluated too
     keep: int = 3  # newest checkpoints kept, beside the best on the validation split
 
     method: Literal["egspo", "diffu_grpo"] = "egspo"  # diffu_grpo: the one-step baseline of d1
@@ -48,8 +49,8 @@ class Config:
     order: Literal["low_confidence", "random"] = "low_confidence"  # which positions are revealed
     lam: float = 0.5  # weight of the stepwise advantage; 0 is EGSPO
     K: int = 8  # selected denoising steps of a trajectory
-    G: int = 8  # samples a prompt
-    B: int = 6  # prompts a rollout on each rank
+    G: int = 8  # samples per prompt
+    B: int = 6  # prompts per rollout on each rank
     C: int = 256  # tokens of a completion
     T: int = 128  # denoising steps
     block: int = 32  # tokens of a block
@@ -61,13 +62,13 @@ class Config:
 
     lr: float = 3e-5  # learning rate after the warm-up, constant
     warmup: int = 10  # steps of linear warm-up
-    mu: int = 1  # optimizer updates a rollout
-    weight_decay: float = 0.1
-    max_grad_norm: float = 0.2
+    mu: int = 1  # optimizer updates per rollout
+    weight_decay: float = 0.1  # of AdamW
+    max_grad_norm: float = 0.2  # gradients are clipped to this norm
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    micro: int = 8  # rows a backward; changes memory and speed, not the result
+    micro: int = 8  # rows per backward pass; changes memory and speed, not the result
     lora_r: int = 128  # rank of the adapters; 0 trains all weights
-    lora_alpha: float = 64.0
+    lora_alpha: float = 64.0  # scales new adapters by alpha / r
     quantize: Literal["none", "nf4"] = "none"  # of the frozen base, with --lora-r
     precision: Literal["auto", "bf16", "float32"] = "auto"  # auto: bf16 where the hardware has it
     compile: bool = True  # torch.compile the transformer's blocks
@@ -76,7 +77,7 @@ class Config:
 
     data_dir: str = ""  # look here for data sets before the hub
     train_set: str = ""  # humaneval and mbpp learn from kodcode (default) or mbpp
-    data: str = ""  # learn your own rows: a .jsonl file
+    data: str = ""  # learn your own rows: a .jsonl, .jsonl.gz or .csv file
     unsafe_code: bool = False  # run code rewards even without seccomp and Landlock
     log_live: float = 4.0  # live denoising events a second; 0 turns them off
 
@@ -97,6 +98,7 @@ class Config:
         for flag in ("P", "seed", "lora_r", "warmup", "eval_n"):
             check(getattr(self, flag) >= 0, flag, "must be at least 0")
         check(0 <= self.eps_low < 1, "eps_low", "must be in [0, 1)")
+        check(not self.data or Path(self.data).is_file(), "data", "no such file")
         check(not self.data_dir or Path(self.data_dir).is_dir(), "data_dir", "no such folder")
         check(self.G >= 2, "G", "a group needs at least 2 samples to compare")
 
@@ -140,6 +142,8 @@ class Mode:
     def __post_init__(self):
         check = checker(self)
         check(self.samples >= 0, "samples", "must be at least 0")
+        modes = [flag for flag in ("eval_only", "dry_run", "merge") if getattr(self, flag)]
+        check(len(modes) < 2, modes[-1] if modes else "merge", "only one mode at a time")
         for flag in ("lengths", "samples"):
             check(self.eval_only or not getattr(self, flag), flag, "goes with --eval-only")
 
@@ -185,6 +189,8 @@ def parse(argv: list[str]) -> tuple[Config, Mode]:
     if mode.resume and cfg.task != defaults.task:
         raise ValueError(f"--task {cfg.task}: the run in --out {cfg.out} learns {defaults.task}")
     path = newest(cfg.model)
+    if mode.resume and path != defaults.model:
+        raise ValueError(f"--model {path}: the run in --out {cfg.out} began with {defaults.model}")
     if cfg.shard and (mode.eval_only or mode.merge):
         raise ValueError("--shard: not with --eval-only or --merge")
     new_run = not (mode.resume or mode.eval_only or mode.dry_run or mode.merge)
@@ -221,10 +227,15 @@ def read(kind: Callable, argv: list[str], prog: str, **options):
 def of_model(path: str = "", task: str = "") -> Config:
     """The defaults of a model: its own, where it has a defaults.json, or the paper's."""
     path = newest(path or ("GSAI-ML/LLaDA-8B-Instruct" if torch.cuda.is_available() else "tiny"))
-    own = model_defaults(path)
+    own, file = model_defaults(path), f"{path}/defaults.json"
+    for part in own.keys() - {"task", "settings", "by_task"}:
+        raise ValueError(f"{file}: {part} is not one of task, settings, by_task")
     task = task or own.get("task", "sudoku")
-    settings = own.get("settings", {}) | own.get("by_task", {}).get(task, {})
-    return configure(f"{path}/defaults.json", settings | {"model": path, "task": task})
+    parts = own.get("settings", {}), own.get("by_task", {}).get(task, {})
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{file}: settings, and those of a task, must be an object")
+    settings = parts[0] | parts[1]
+    return configure(file, settings | {"model": path, "task": task})
 
 
 def of_run(out: str) -> Config:
@@ -238,11 +249,17 @@ def of_run(out: str) -> Config:
 
 
 def configure(file: str, settings: dict) -> Config:
-    """A Config of what a file says, not checked yet: flags may still mend it."""
-    cfg = Config()
+    """A Config of what a file says, its values not checked yet: flags may still override them."""
+    cfg, hints = Config(), get_type_hints(Config)
     for name, value in settings.items():
-        if name not in Config.__dataclass_fields__:
+        if name not in hints:
             raise ValueError(f"{file}: not of this version (no setting is called {name})")
+        kind = type(getattr(cfg, name))
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"{file}: {name} {value!r} is not of type {kind.__name__}")
+        choices = get_args(hints[name])
+        if choices and value not in choices:
+            raise ValueError(f"{file}: {name} {value!r} is not one of {' '.join(choices)}")
         object.__setattr__(cfg, name, value)  # tyro builds, and so checks, another one of it
     return cfg
 
@@ -252,6 +269,13 @@ def model_defaults(path: str) -> dict:
     with contextlib.suppress(FileNotFoundError):
         return model.read_json(model.find_folder(path, ["defaults.json"]) / "defaults.json")
     return {}
+
+
+def bring_defaults(path: str, out: str | Path) -> None:
+    """Write the defaults.json of a model, if it has one, beside what was made of it."""
+    own, file = model_defaults(path), Path(out) / "defaults.json"
+    if own and not file.exists():
+        file.write_text(json.dumps(own, indent=2) + "\n")
 
 
 def carry_on(cfg: Config) -> dict:

@@ -25,25 +25,25 @@ Where this file departs from the paper or from its released code, and why:
  2. `--likelihood exact` is the probability of the whole move, the choice of positions included;
     the product of token probabilities (`tokens`, the paper's) is exact only for random order.
  3. The guess is read off the forward pass that gives the old log-probability of a selected move:
-    K wide heads a trajectory rather than T, and no forward pass of its own.
+    K wide heads per trajectory rather than T, and no forward pass of its own.
  4. The final and the one-step reward are the same function: no format bonus leaks into r - r_hat.
  5. The advantage is not divided by the group's standard deviation. A slot's baseline (the group's
     mean at its k-th selected step) mixes different times, and r_hat_t stays in the return.
  6. The old log-probability comes from the same function, shapes and mode as the new one: the first
     ratio is 1. There is no dropout anywhere.
  7. Padding is never attended to and positions count from the first real token, everywhere.
- 8. A row that holds the end token in a finished block is done: nothing after it is decoded,
+ 8. A row that holds the end token in a finished block is done: nothing after that block is decoded,
     selected or scored, in training and evaluation alike.
  9. Randomness is a function of (seed, step, row): it depends on neither ranks nor batches, and a
     resumed run continues exactly.
-10. `--cache block` (not in the paper) encodes what lies outside a block once a block. It draws from
-    a policy that is slightly another: its moves carry a truncated importance weight, and the run
+10. `--cache block` (not in the paper) encodes what lies outside a block once per block. It draws
+    from a slightly different policy: its moves carry a truncated importance weight, and the run
     logs how far the two are apart (cache/kl, cache/weight).
 
-Names end in their dimensions: B prompts of this rank, G samples a prompt, N = B*G rows
+Names end in their dimensions: B prompts of this rank, G samples per prompt, N = B*G rows
 (prompt-major), n of them still decoded, T denoising steps, K selected ones, S = N*K moves, R tokens
-a step, U ratios of a move, J positions of a block and M hidden ones, Q positions in all, P prompt,
-C completion, L = P + C, V vocabulary, D width. The settings are in config.py.
+per step, U ratios per move, J positions of a block and M hidden ones, Q positions in all, P prompt,
+C completion, L = P + C, V vocabulary, D width; X and W local counts. The settings are in config.py.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def unfinished(done_N: Tensor, shard: bool) -> Tensor:
 
     So the batch takes at most four sizes, and torch.compile sees four shapes. A repeated row draws
     with its own noise: it is written twice with the same tokens. With `shard` all of them: every
-    rank must call the network equally often, and what has ended is decoded in vain.
+    rank must call the network equally often, and what rows that have ended decode is thrown away.
     """
     if shard:
         return torch.arange(len(done_N), device=done_N.device)
@@ -273,7 +273,7 @@ def sample(prob_QV: Tensor, u_Q: Tensor, W: int = 512) -> Tensor:
     part_Q, rest_Q = invert(prob_QXW.sum(2), u_Q)
     prob_QW = prob_QXW.gather(1, part_Q[:, None, None].expand(-1, 1, W)).squeeze(1)
     token_Q = part_Q * W + invert(prob_QW, rest_Q)[0]
-    return token_Q.clamp(max=prob_QV.shape[1] - 1)  # where nan compares with nothing
+    return token_Q.clamp(max=prob_QV.shape[1] - 1)  # NaN would push the index past the end
 
 
 def invert(prob_QX: Tensor, u_Q: Tensor) -> tuple[Tensor, Tensor]:
@@ -456,8 +456,8 @@ def stepwise_advantages(
 
 
 def cache_weight(moves: Moves, cap: float = 2.0) -> Tensor:
-    """min(pi(a) / pi_cached(a), cap) [S, U]: a cached rollout draws from a policy that is slightly
-    another. This corrects the draw of the move itself, not of the states before and after it."""
+    """min(pi(a) / pi_cached(a), cap) [S, U]: a cached rollout draws from a slightly different
+    policy. This corrects the draw of the move itself, not of the states before and after it."""
     return (moves.old_SU - moves.drawn_SU).exp().clamp(max=cap)
 
 
@@ -645,42 +645,49 @@ def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
 
 
-def evaluate_only(cfg: Config, mode: Mode, ranks: Ranks) -> int:
+def evaluate_only(run: Run, mode: Mode) -> None:
     """The test split, once for each length: a table on the terminal, its numbers in a file in --out
     (by default beside the weights)."""
-    run, results = running.open_evaluation(cfg, ranks), []
+    cfg, results = run.cfg, []
     running.introduce_evaluation(run, mode.samples)
-    for length in mode.lengths or (0,):
-        shape = dict(C=length, T=length // 2, block=min(cfg.block, length)) if length else {}
-        at = replace(run.cfg, **shape, K=1)
-        m = evaluate(run, run.test_set, at, mode.samples)
-        running.say_evaluation(at, m)
-        results.append({"task": cfg.task, "split": "test", "length": at.C, "T": at.T, **m})
+    for length in mode.lengths or (cfg.C,):
+        shape = dict(C=length, T=length // 2, block=min(cfg.block, length)) if mode.lengths else {}
+        at_length = replace(cfg, **shape, K=1)
+        m = evaluate(run, run.test_set, at_length, mode.samples)
+        running.say_evaluation(at_length, m)
+        results.append({"task": cfg.task, "split": "test", "length": length, "T": at_length.T, **m})
     running.write_evaluation(run, mode.samples, results)
-    return 0
 
 
 # ---- main ----------------------------------------------------------------------------------------
 
 
 def main() -> int:
-    """Train, or what a mode asks for instead; returns the exit code."""
+    """Train, or what a mode asks for instead; returns the exit code.
+
+    Only the opening turns a ValueError into a line about bad input: what goes wrong later on is a
+    mistake in the code, perhaps in what you edited, and keeps its traceback.
+    """
     try:
         cfg, mode = parse(sys.argv[1:])
         if mode.dry_run:
             return running.dry_run(cfg)
         if mode.merge:
             return running.merge(cfg)
-        ranks = Ranks()
+        ranks, start = Ranks(), 0
         if mode.eval_only:
-            return evaluate_only(cfg, mode, ranks)
-        run, start = running.open_run(cfg, ranks, mode.resume)
+            run = running.open_evaluation(cfg, ranks)
+        else:
+            run, start = running.open_run(cfg, ranks, mode.resume)
     except (ValueError, OSError) as error:
         return running.complain(error)
     except KeyboardInterrupt:
         return 130
-    with running.closing(run):
-        train(run, start)
+    if mode.eval_only:
+        evaluate_only(run, mode)
+    else:
+        with running.closing(run):
+            train(run, start)
     return 0
 
 

@@ -1,10 +1,10 @@
 """What is written down? events.jsonl: its schema, `EventLog` that writes it, `Log` that reads it.
 
 `events.jsonl` is the contract between the trainer and whoever reads along (tui.py, bench/): schema
-version 1. UTF-8, one JSON object a line, a line at most 64 KiB, appended by one writer, the first
-rank. Denoising time t counts in generation order, 0 sees only masks; entropies are in nats, means
-over the tokens revealed at a step; numbers have 4 significant digits; nan and inf are the strings
-"nan", "inf" and "-inf".
+version 1. UTF-8, one JSON object per line, appended by one writer, the first rank; where a line
+would pass 64 KiB, the guesses and then the texts are left out. Denoising time t counts in
+generation order, 0 sees only masks; entropies are in nats, means over the tokens revealed at a
+step; numbers have 4 significant digits; nan and inf are the strings "nan", "inf" and "-inf".
 
 Every event begins with `e`, its kind, `q`, its number in the file, and `ts`, unix seconds.
 
@@ -30,7 +30,8 @@ Every event begins with `e`, its kind, `q`, its number in the file, and `ts`, un
   hb       pid: still alive, where nothing was written for 15 s
   end      status: finished, stopped or crashed; it, err
 
-Metrics of a step are means over all rows, micro-batches, updates and ranks, in groups by slash:
+Metrics of a step are means over all rows, micro-batches, updates and ranks (seconds and memory are
+the first rank's), in groups by slash:
 reward/mean, reward/std and reward/PART; correct; loss, kl (k3 over the selected moves), clip_hi,
 clip_lo, clip_frac, ratio/mean, ratio/max, adv/abs, zero_adv_frac (groups without any gradient),
 grad_norm, lr; entropy/mean, entropy/sel (of the selected steps); len/mean, len/max, trunc_frac
@@ -428,7 +429,8 @@ class History:
     series: dict[str, dict[int, float]] = field(default_factory=dict)  # metric -> it -> value
     entropy: dict[int, list[float]] = field(default_factory=dict)  # it -> mean entropy of each step
     share: dict[int, list[float]] = field(default_factory=dict)  # it -> of rows that chose a step
-    evals: dict[int, dict] = field(default_factory=dict)
+    evals: dict[int, dict] = field(default_factory=dict)  # on the validation split
+    tests: dict[str, dict] = field(default_factory=dict)  # the last on each other split
     samples: dict[int, dict[int, Place]] = field(default_factory=dict)  # it -> row -> where it is
     groups: dict[int, dict[int, Place]] = field(default_factory=dict)  # it -> prompt -> where
     alerts: list[tuple[int, str, str]] = field(default_factory=list)  # it, level, message
@@ -478,7 +480,11 @@ class History:
             case "eval":
                 values = {name: number(value) for name, value in event["m"].items()}
                 told = {"n": event.get("n"), "split": event.get("split", "")}
-                self.evals[it] = {"accuracy": math.nan} | values | told
+                evaluated = {"accuracy": math.nan} | values | told
+                if told["split"] in ("", "val"):
+                    self.evals[it] = evaluated
+                else:
+                    self.tests[str(told["split"])] = {"it": it} | evaluated
                 self.edition += 1
             case "alert":
                 self.alerts.append((it, str(event.get("level", "warn")), str(event["msg"])))
@@ -508,6 +514,7 @@ class History:
                 del record[key]
         self.series = {name: values for name, values in self.series.items() if values}
         self.evals = {at: e for at, e in self.evals.items() if at <= it}  # of the weights at `it`
+        self.tests = {split: e for split, e in self.tests.items() if e["it"] <= it}
         self.alerts = [alert for alert in self.alerts if alert[0] < it]
         self.rollout.clear()
         self.done, self.edition = min(self.done, it), self.edition + 1

@@ -90,7 +90,7 @@ def parse_config(raw: dict, source: str = "config") -> Architecture:
         raise ValueError(f"{source}: model_type {raw.get('model_type')!r} is not llada or Dream")
     for key, value in FIXED.items():
         if raw.get(key) not in (None, value):
-            raise ValueError(f"{source}: {key} {raw[key]!r} is not served, only {value!r}")
+            raise ValueError(f"{source}: {key} {raw[key]!r} is not supported, only {value!r}")
     try:
         eos_id, pad_id = raw["eos_token_id"], raw.get("pad_token_id")
         pad_id = eos_id if pad_id is None else pad_id
@@ -342,6 +342,8 @@ def from_config(
         parsed = parse_config(config)
     else:
         file = Path(config) / "config.json" if Path(config).is_dir() else Path(config)
+        if not file.is_file():
+            raise FileNotFoundError(f"--model {config}: no config.json there")
         parsed = parse_config(read_json(file), str(file))
     check_quantize(quantize, device)
     net = skeleton(parsed, dtype).to_empty(device=device)
@@ -441,7 +443,7 @@ def find_folder(path: str | Path, kinds: Iterable[str] = KINDS) -> Path:
             return Path(snapshot_download(name, revision=revision or None, allow_patterns=[*kinds]))
         except Exception as error:  # offline, unknown, gated, disk full: each has its own class
             at = f" at revision {revision}" if revision else ""
-            reason += f", and not to be had from the hub{at} ({type(error).__name__})"
+            reason += f", and could not be fetched from the hub{at} ({type(error).__name__})"
             source = f"https://huggingface.co/{name}"
     raise FileNotFoundError(
         f"--model {path}: {reason}; put config.json, the *.safetensors and the tokenizer files of"
@@ -533,7 +535,9 @@ def load(
 
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise FileNotFoundError(f"{config_file} is missing: {folder} is not a model's folder")
+        raise FileNotFoundError(
+            f"--model {folder}: no config.json there, so it is not a model's folder"
+        )
     check_quantize(quantize, device)
     config = parse_config(read_json(config_file), str(config_file))
     net = skeleton(config, dtype)
@@ -781,7 +785,7 @@ def load_lora(net: Transformer, folder: str | Path) -> None:
     config = read_json(config_file)
     for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
         if config.get(key):
-            raise ValueError(f"{config_file}: {key} {config[key]!r} is not served")
+            raise ValueError(f"{config_file}: {key} {config[key]!r} is not supported")
     r, alpha = config.get("r"), config.get("lora_alpha")
     if not r or not alpha:
         raise ValueError(f"{config_file}: r or lora_alpha is missing")

@@ -1,7 +1,7 @@
 """What does a run need that is not the method: ranks, speed, optimizer, checkpoints, its opening?
 
 `open_run` loads everything into a `Run`, which `egspo.train` then works with; `--dry-run` and
-`--merge`, which need no run, are here too. Nothing in this room knows how a step learns.
+`--merge`, which need no run, are here too. Nothing in this module knows how a step learns.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import data
 import model
-from config import Config, carry_on, model_name
+from config import Config, bring_defaults, carry_on, model_name
 from events import EventLog, compact, git_commit, say
 
 # ---- ranks ---------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ class StopSignal:
 
 def stopped(run: Run) -> Halt:
     """What to raise after a signal, with the checkpoint written."""
-    again = f"continue with: python egspo.py --out {run.cfg.out} --resume"
+    again = f"continue with: python {sys.argv[0]} --out {run.cfg.out} --resume"
     return Halt(f"stopped by a signal; {again}", code=128 + (run.stop.number or signal.SIGTERM))
 
 
@@ -356,12 +356,17 @@ class Run:
 @contextlib.contextmanager
 def making(folder: Path) -> Iterator[None]:
     """Make a folder now, so that trouble with it is found first; not kept if it stays empty."""
-    folder.mkdir(parents=True, exist_ok=True)
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {folder}: {error.strerror}") from None
     try:
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            folder.rmdir()
+            for path in new:
+                path.rmdir()
         raise
 
 
@@ -682,6 +687,7 @@ def merge(cfg: Config) -> int:
     model.merge_lora(policy)
     model.save(policy, cfg.out)
     model.load_tokenizer(cfg.model).save_pretrained(cfg.out)
+    bring_defaults(cfg.model, cfg.out)
     say(f"written: {cfg.out}")
     return 0
 

@@ -21,7 +21,6 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import model
-from config import checker, read
+from config import bring_defaults, checker, read
 from data import TASKS, Problem
 from events import say
 from run import accelerate, use_bf16
@@ -311,23 +310,28 @@ def examples(
     return rows[:n], rows[n:], (rng.choices(rows[n:], k=cfg.batch) for _ in itertools.count())
 
 
-def train(cfg: Recipe, argv: list[str]) -> None:
+def prepare(cfg: Recipe, argv: list[str]) -> tuple:
+    """Load everything and begin the log; what `train` takes. Bad input is found here."""
     torch.manual_seed(cfg.seed)
     held, known, batches = examples(cfg)
     net, tokenizer = open_model(cfg, known + held)
-    C, P = cfg.C, longest(tokenizer, known + held, cfg.C)
-    held_ids_NL, held_real_NL = encode(tokenizer, held, P, C, net.config)
-    learnt = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learnt, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01)
-
-    out = Path(cfg.out)
+    P, out = longest(tokenizer, known + held, cfg.C), Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     bring_defaults(cfg.model or "tiny", out)
     (out / "training.log").write_text("")
     size, _ = model.count(net)
     note(out, " ".join(["python sft.py", *argv]))
-    note(out, f"{size:,} parameters, {len(tokenizer)} tokens, P {P}, C {C}, {len(known):,} rows; "
-             "accuracy: hidden tokens of held-out right answers")  # fmt: skip
+    shape = f"{size:,} parameters, {len(tokenizer)} tokens, P {P}, C {cfg.C}, {len(known):,} rows"
+    note(out, f"{shape}; accuracy: hidden tokens of held-out right answers")
+    return net, tokenizer, P, held, batches
+
+
+def train(cfg: Recipe, net, tokenizer, P: int, held: list, batches: Iterator[list]) -> None:
+    C, out = cfg.C, Path(cfg.out)
+    held_ids_NL, held_real_NL = encode(tokenizer, held, P, C, net.config)
+    learnt = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01)
+
     losses, told, began = [], 0, time.perf_counter()
     for step, rows in enumerate(itertools.islice(batches, cfg.steps), 1):
         lr = cfg.lr * min(step / max(1, cfg.warmup), 1) * (1 - (step - 1) / cfg.steps)
@@ -346,7 +350,7 @@ def train(cfg: Recipe, argv: list[str]) -> None:
         if step % 50 == 0 or step in (1, cfg.steps):
             mean = torch.stack(losses).mean().item()
             if not math.isfinite(mean):
-                raise ValueError(f"the loss is {mean} by step {step}: lower --lr {cfg.lr}")
+                raise SystemExit(f"sft: the loss is {mean} by step {step}: lower --lr {cfg.lr}")
             losses = []
             shares = accuracy(net, held_ids_NL, held_real_NL, C, [row[0] for row in held])
             each = (time.perf_counter() - began) / (step - told)
@@ -360,13 +364,6 @@ def train(cfg: Recipe, argv: list[str]) -> None:
             tokenizer.save_pretrained(out)
 
 
-def bring_defaults(source: str, out: Path) -> None:
-    """The defaults.json of the model that this one comes from, if it has one."""
-    file = model.find_folder(source) / "defaults.json"
-    if file.exists() and file.resolve() != (out / file.name).resolve():
-        shutil.copy(file, out)
-
-
 def note(out: Path, line: str) -> None:
     """To the terminal and to training.log."""
     say(line)
@@ -376,10 +373,12 @@ def note(out: Path, line: str) -> None:
 
 def main(argv: list[str]) -> int:
     try:
-        train(read(Recipe, argv, "sft.py"), argv)
+        cfg = read(Recipe, argv, "sft.py")
+        prepared = prepare(cfg, argv)
     except (ValueError, OSError) as error:
         print(f"sft: {error}", file=sys.stderr)
         return 2
+    train(cfg, *prepared)
     return 0
 
 

@@ -995,7 +995,9 @@ def summary(log: Log) -> dict:
         "iters": history.size("iters"), "checkpoint": history.ckpt.get("path"),
         "error": (history.end or {}).get("err"), "lines": history.lines, "bad_lines": history.bad,
         "metrics": safe({name: history.latest(name) for name in history.series}),
-        "evals": {it: safe(e) for it, e in history.evals.items()}, "alerts": history.alerts[-20:],
+        "evals": {it: safe(e) for it, e in history.evals.items()},
+        "tests": {split: safe(e) for split, e in history.tests.items()},
+        "alerts": history.alerts[-20:],
     }
     # fmt: on
 
@@ -1013,9 +1015,12 @@ def run_view(view: View, w: int, h: int) -> list[Line]:
         "log": f"{told['log']}: {history.lines} lines, {history.bad} unreadable",
         "checkpoint": told["checkpoint"],
     }
-    for it, e in list(history.evals.items())[-3:]:
+    for it, e in [
+        *list(history.evals.items())[-3:],
+        *((e["it"], e) for e in history.tests.values()),
+    ]:
         low, high = e.get("lo", math.nan), e.get("hi", math.nan)
-        facts[f"eval at {it}"] = (
+        facts[f"{e['split'] or 'eval'} at {it}"] = (
             f"{e['accuracy']:.1%} ({low:.1%} to {high:.1%}) of {e['n']} {e['split']}"
         )
 
