@@ -28,7 +28,7 @@ import model
 
 
 @dataclass(frozen=True)
-class Config:
+class Settings:
     """Train a masked diffusion language model by reinforcement learning (EGSPO, EGSPO-SA)."""
 
     task: str = "sudoku"  # what to learn: sudoku countdown toycode gsm8k math humaneval mbpp
@@ -43,11 +43,12 @@ class Config:
     keep: int = 3  # newest checkpoints kept, beside the best on the validation split
 
     method: Literal["egspo", "diffu_grpo"] = "egspo"  # diffu_grpo: the one-step baseline of d1
-    select: Literal["entropy", "uniform", "random", "all"] = "entropy"  # which K steps learn
+    select: Literal["entropy", "uniform", "random", "all", "sampled"] = "entropy"  # which K learn
     likelihood: Literal["tokens", "exact"] = "tokens"  # exact: count the choice of positions too
     cache: Literal["none", "block"] = "none"  # block: encode the other blocks once, not T times
     order: Literal["low_confidence", "random"] = "low_confidence"  # which positions are revealed
     lam: float = 0.5  # weight of the stepwise advantage; 0 is EGSPO
+    normalise: bool = False  # divide advantages by the standard deviation of the group's rewards
     K: int = 8  # selected denoising steps of a trajectory
     G: int = 8  # samples per prompt
     B: int = 6  # prompts per rollout on each rank
@@ -62,7 +63,8 @@ class Config:
 
     lr: float = 3e-5  # learning rate after the warm-up, constant
     warmup: int = 10  # steps of linear warm-up
-    mu: int = 1  # optimizer updates per rollout
+    mu: int = 1  # times that all moves of a rollout are learnt
+    minibatches: int = 4  # optimizer steps that share them, those of highest entropy first
     weight_decay: float = 0.1  # of AdamW
     max_grad_norm: float = 0.2  # gradients are clipped to this norm
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
@@ -76,20 +78,26 @@ class Config:
     shard: bool = False  # shard weights, gradients and optimizer over the ranks (FSDP2)
 
     data_dir: str = ""  # look here for data sets before the hub
-    train_set: str = ""  # humaneval and mbpp learn from kodcode (default) or mbpp
+    train_set: str = ""  # code: kodcode or mbpp; countdown: generated or published
     data: str = ""  # learn your own rows: a .jsonl, .jsonl.gz or .csv file
+    prompt: str = ""  # a file, a template of what the model is asked: see examples/prompt.txt
+    weights: str = ""  # of the parts of a reward, such as correct=2,format=5; the others weigh 1
     unsafe_code: bool = False  # run code rewards even without seccomp and Landlock
     log_live: float = 4.0  # live denoising events a second; 0 turns them off
 
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """Settings that fit together: every value is checked here, once, and named in the message."""
+
     def __post_init__(self):
-        """Fail at the door: every value is checked here, once, and named in the message."""
         check = checker(self)
         check(self.task in data.TASKS, "task", f"choose one of {' '.join(data.TASKS)}")
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal:
                 choices = " ".join(get_args(hint))
                 check(getattr(self, name) in get_args(hint), name, f"choose one of {choices}")
-        for flag in "steps eval_every save_every K B C T block micro mu keep".split():
+        for flag in "steps eval_every save_every K B C T block micro mu minibatches keep".split():
             check(getattr(self, flag) >= 1, flag, "must be at least 1")
         for flag in ("lr", "temperature", "max_grad_norm", "lora_alpha"):
             check(0 < getattr(self, flag) < math.inf, flag, "must be above 0 and finite")
@@ -101,6 +109,9 @@ class Config:
         check(not self.data or Path(self.data).is_file(), "data", "no such file")
         check(not self.data_dir or Path(self.data_dir).is_dir(), "data_dir", "no such folder")
         check(self.G >= 2, "G", "a group needs at least 2 samples to compare")
+        object.__setattr__(self, "prompt", template_text(self.prompt))
+        weights = self.weights == "" or all(map(WEIGHT.fullmatch, self.weights.split(",")))
+        check(weights, "weights", "name=number, of as many parts as you like, between commas")
 
         R = self.C // self.T
         check(self.C % self.block == 0, "block", f"must divide --C {self.C}")
@@ -121,6 +132,31 @@ class Config:
         check(self.quantize == "none" or self.lora_r > 0, "quantize", frozen)
         plain = self.lora_r == 0 and self.optimizer == "adamw"
         check(plain or not self.shard, "shard", "needs --lora-r 0 and --optimizer adamw")
+
+    @property
+    def template(self) -> Template:
+        """How problems are put to the model."""
+        return parse_template(self.prompt)
+
+    @property
+    def part_weights(self) -> dict[str, float]:
+        pairs = (pair.split("=") for pair in self.weights.split(",") if pair)
+        return {name: float(weight) for name, weight in pairs}
+
+    @property
+    def repeats(self) -> int:
+        """Passes over the moves of a rollout; each of d1's has moves of its own."""
+        return self.mu if self.method == "egspo" else 1
+
+    @property
+    def parts(self) -> int:
+        """Optimizer steps of one pass."""
+        return self.minibatches if self.method == "egspo" else self.mu
+
+    @property
+    def looks_back(self) -> bool:
+        """Does anything need the log-prob of a move before the first update?"""
+        return self.stepwise or self.cache == "block" or self.repeats * self.parts > 1
 
     @property
     def stepwise(self) -> bool:
@@ -160,6 +196,65 @@ def checker(settings: object) -> Callable[[bool, str, str], None]:
     return check
 
 
+# ---- templates of prompts ------------------------------------------------------------------------
+
+WEIGHT = re.compile(r"\w+=\d{1,9}(\.\d{1,9})?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Template:
+    """How problems are put to the model, in training and evaluation.
+
+    In a file each part stands under its name in brackets, on a line of its own: [system] and
+    [answer], which may be left out, and [user], with {prompt} for the task's own prompt or
+    {question} for what it asks without our instructions.
+    """
+
+    user: str = "{prompt}"
+    system: str = ""
+    answer: str = ""  # how the answer begins: the model goes on from there, both are judged
+
+    def asked(self, problem: data.Problem, instructions: str) -> data.Problem:
+        """The problem with the user's message as its prompt."""
+        fill = {"{prompt}": problem.prompt, "{question}": problem.prompt.removeprefix(instructions)}
+        return replace(problem, prompt=PLACEHOLDER.sub(lambda found: fill[found[0]], self.user))
+
+
+PLACEHOLDER = re.compile(r"\{prompt\}|\{question\}")
+
+
+def template_text(prompt: str) -> str:
+    """What --prompt names, checked: the text of the file, so that a run and its checkpoints hold it
+    themselves. What is text already, as in a config.json, has more than one line."""
+    text = prompt
+    try:
+        if prompt and "\n" not in prompt:
+            text = Path(prompt).read_text(encoding="utf-8").strip() + "\n"
+        parse_template(text)
+    except FileNotFoundError:
+        raise ValueError(f"--prompt {prompt}: no such file") from None
+    except (ValueError, OSError) as error:
+        where = "of these settings" if "\n" in prompt else prompt
+        raise ValueError(f"--prompt {where}: {error}") from None
+    return text
+
+
+def parse_template(text: str) -> Template:
+    """ValueError says what a template lacks."""
+    if not text:
+        return Template()
+    before, *rest = re.split(r"^\[([a-z]+)\][ \t]*$", text, flags=re.MULTILINE)
+    names, parts = rest[::2], [part.strip() for part in rest[1::2]]
+    if before.strip() or len({*names}) < len(names) or {*names} - {"system", "user", "answer"}:
+        found = " ".join([before.strip()[:20], *(f"[{name}]" for name in names)]).strip()
+        known = "[system], [user] and [answer], each once and on a line of its own"
+        raise ValueError(f"the parts of a template are {known}; found {found!r}")
+    template = Template(**{"user": ""} | dict(zip(names, parts)))
+    if not PLACEHOLDER.search(template.user):
+        raise ValueError("[user] must hold {prompt}, or {question} for it without our instructions")
+    return template
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 
@@ -167,7 +262,7 @@ def checker(settings: object) -> Callable[[bool, str, str], None]:
 class CommandLine:
     """Reinforcement learning of masked diffusion language models: EGSPO, EGSPO-SA."""
 
-    settings: Config
+    settings: Settings
     mode: Mode
 
 
@@ -177,13 +272,19 @@ def parse(argv: list[str]) -> tuple[Config, Mode]:
     Read twice: first for the few flags that decide the defaults of all others.
     """
 
-    def basis(task: str = "", model: str = "", out: str = "", resume: bool = False) -> Config:
+    def basis(
+        task: str = "",
+        model: str = "",
+        method: str = "egspo",
+        out: str = "",
+        resume: bool = False,
+    ) -> Settings:
         goes_on = resume or restarted(Path(out or "nowhere"))
-        return of_run(out) if goes_on else of_model(model, task)
+        return of_run(out) if goes_on else model_settings(model, task, method)
 
     defaults, _ = read(basis, argv, "egspo.py", return_unknown_args=True, add_help=False)
     line = read(CommandLine, argv, "egspo.py", default=CommandLine(defaults, Mode()))
-    cfg, mode = line.settings, line.mode
+    cfg, mode = Config(**vars(line.settings)), line.mode
     if restarted(Path(cfg.out or "nowhere")):
         mode = replace(mode, resume=True)
     if mode.resume and cfg.task != defaults.task:
@@ -224,8 +325,28 @@ def read(kind: Callable, argv: list[str], prog: str, **options):
     raise ValueError(re.sub(r"^Error parsing (?!--)\w+: ", "", told))
 
 
-def of_model(path: str = "", task: str = "") -> Config:
+METHODS = {  # what a method's authors use otherwise
+    "egspo": {},
+    "diffu_grpo": dict(lr=3e-6, mu=12, eps_low=0.5, eps_high=0.5),
+}
+
+REASON = "[user]\n{prompt}\nReason step by step between <reasoning> and </reasoning> first.\n"
+LARGE = {  # what a task wants otherwise of a model whose defaults.json does not say
+    "sudoku": dict(prompt=REASON),
+    "countdown": dict(prompt=REASON, train_set="published"),
+    "toycode": dict(prompt=REASON),
+    "humaneval": dict(prompt=REASON),
+    "mbpp": dict(prompt=REASON),
+}  # gsm8k and math ask for it in their own prompts
+
+
+def of_model(path: str = "", task: str = "", method: str = "egspo") -> Config:
     """The defaults of a model: its own, where it has a defaults.json, or the paper's."""
+    return Config(**vars(model_settings(path, task, method)))
+
+
+def model_settings(path: str, task: str, method: str) -> Settings:
+    """The same, not checked yet: flags may still override them."""
     path = newest(path or ("GSAI-ML/LLaDA-8B-Instruct" if torch.cuda.is_available() else "tiny"))
     own, file = model_defaults(path), f"{path}/defaults.json"
     for part in own.keys() - {"task", "settings", "by_task"}:
@@ -234,11 +355,11 @@ def of_model(path: str = "", task: str = "") -> Config:
     parts = own.get("settings", {}), own.get("by_task", {}).get(task, {})
     if not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{file}: settings, and those of a task, must be an object")
-    settings = parts[0] | parts[1]
-    return configure(file, settings | {"model": path, "task": task})
+    settings = METHODS.get(method, {}) | LARGE.get(task, {}) | parts[0] | parts[1]
+    return configure(file, settings | dict(model=path, task=task, method=method))
 
 
-def of_run(out: str) -> Config:
+def of_run(out: str) -> Settings:
     """The settings of the run in this folder; flags may change them."""
     if not out:
         raise ValueError("--resume: say which run with --out runs/<name>")
@@ -248,20 +369,19 @@ def of_run(out: str) -> Config:
     return configure(str(file), model.read_json(file))
 
 
-def configure(file: str, settings: dict) -> Config:
-    """A Config of what a file says, its values not checked yet: flags may still override them."""
-    cfg, hints = Config(), get_type_hints(Config)
+def configure(file: str, settings: dict) -> Settings:
+    """What a file says, if it is of the right types. ValueError names the file."""
+    plain, hints = Settings(), get_type_hints(Settings)
     for name, value in settings.items():
         if name not in hints:
             raise ValueError(f"{file}: not of this version (no setting is called {name})")
-        kind = type(getattr(cfg, name))
+        kind = type(getattr(plain, name))
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise ValueError(f"{file}: {name} {value!r} is not of type {kind.__name__}")
         choices = get_args(hints[name])
         if choices and value not in choices:
             raise ValueError(f"{file}: {name} {value!r} is not one of {' '.join(choices)}")
-        object.__setattr__(cfg, name, value)  # tyro builds, and so checks, another one of it
-    return cfg
+    return replace(plain, **settings)
 
 
 def model_defaults(path: str) -> dict:
@@ -279,11 +399,12 @@ def bring_defaults(path: str, out: str | Path) -> None:
 
 
 def carry_on(cfg: Config) -> dict:
-    """The defaults.json of a checkpoint of this run: its model's, with the shape it trained in."""
+    """The defaults.json of a checkpoint of this run: its model's, with the shape it trained in and
+    how it was asked."""
     own = model_defaults(cfg.model)
-    shape = {name: getattr(cfg, name) for name in ("C", "T", "block", "B", "G", "K")}
+    kept = ("C", "T", "block", "B", "G", "K", "prompt", "train_set", "weights")
     by_task = own.get("by_task", {})
-    task = by_task.get(cfg.task, {}) | shape
+    task = by_task.get(cfg.task, {}) | {name: getattr(cfg, name) for name in kept}
     return own | {"task": cfg.task, "by_task": by_task | {cfg.task: task}}
 
 

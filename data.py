@@ -52,6 +52,7 @@ from typing import Any
 from sandbox import Sandbox
 
 LONGEST = 20_000  # of a longer completion only this many characters count, the last ones
+END_TOKENS = "<|eot_id|>", "<|endoftext|>", "<|im_end|>"  # of a turn, in the published families
 HELD_OUT = 256  # problems for validation, and for the test of generated tasks
 
 
@@ -79,6 +80,11 @@ class Reward(float):
         reward.parts = parts or {"reward": float(value)}
         return reward
 
+    def weighted(self, weights: Mapping[str, float]) -> "Reward":
+        """The sum with some parts (by name) times a weight; `correct` does not change."""
+        parts = {name: value * weights.get(name, 1.0) for name, value in self.parts.items()}
+        return Reward(sum(parts.values()), self.correct, **parts) if weights else self
+
 
 class Unusable(ValueError):
     """A well-formed row that cannot be judged here. It is left out, with a warning."""
@@ -104,6 +110,7 @@ class Task:
     train_sets: tuple[str, ...] = ()  # choices of --train-set, the default first
     judge_all: Callable[[list[str], list[Any]], list[Reward]] | None = None  # a batch, if faster
     runs_code: bool = False  # judging runs programs, so it takes the sandbox
+    asks: str = ""  # how its prompts begin; {question} in a --prompt file is what follows
 
     def load(
         self,
@@ -177,24 +184,29 @@ class Source:
     config: str = ""
     split: str = ""
     ids: range | None = None
+    instead: str = ""  # a file that will do in --data-dir, with a warning
 
 
 GSM8K = "openai/gsm8k@740312add88f781978c0658806c59bc2815b9866", "main"
 MATH = "DigitalLearningGmbH/MATH-lighteval@0530c78699ea5e8eb5530600900e1f328b48acad", "default"
 MATH500 = "HuggingFaceH4/MATH-500@6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", "default"
 HUMANEVAL = "openai/openai_humaneval@7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", "openai_humaneval"
-MBPP = "google-research-datasets/mbpp@4bb6404fdc6cacfda99d4ac4205087b89d32030c", "full"
+MBPP = "google-research-datasets/mbpp@4bb6404fdc6cacfda99d4ac4205087b89d32030c"
+COUNTDOWN_3TO4 = "Jiayi-Pan/Countdown-Tasks-3to4@408f70d177020686d34a56bba5952feb45aaaee4"
 KODCODE = "KodCode/KodCode-Light-RL-10K@dcf78a8bbba9a613b596ce993c4921a38687dfcc", "default"
 SOURCES = {
     "sudoku_test": Source("sudoku_test.csv"),
+    "countdown_train": Source("countdown_train.jsonl", COUNTDOWN_3TO4, "default", "train"),
     "countdown_test": Source("countdown_test.jsonl"),
     "gsm8k_train": Source("gsm8k_train.jsonl", *GSM8K, "train"),
     "gsm8k_test": Source("gsm8k_test.jsonl", *GSM8K, "test"),
     "math_train": Source("math_train.jsonl", *MATH, "train"),
     "math_test": Source("math500.jsonl", *MATH500, "test"),
     "humaneval_test": Source("HumanEval.jsonl.gz", *HUMANEVAL, "test"),
-    "mbpp_train": Source("mbpp.jsonl", *MBPP, "train", range(601, 975)),
-    "mbpp_test": Source("mbpp.jsonl", *MBPP, "test", range(11, 511)),
+    "mbpp_train": Source("mbpp.jsonl", MBPP, "full", "train", range(601, 975)),
+    "mbpp_test": Source(
+        "mbpp_sanitized.jsonl", MBPP, "sanitized", "test", range(11, 511), instead="mbpp.jsonl"
+    ),
     "kodcode_train": Source("kodcode.jsonl", *KODCODE, "train"),
 }
 
@@ -231,9 +243,14 @@ def read(name: str, data_dir: str | None) -> list[Row]:
 
 def stored(name: str, data_dir: str | None) -> list[Row]:
     """The rows of a published data set's file in data_dir; none where there is no such file."""
-    if data_dir is None or not (Path(data_dir) / SOURCES[name].file).exists():
-        return []
-    return read_file(Path(data_dir) / SOURCES[name].file)
+    source, folder = SOURCES[name], Path(data_dir or "nowhere")
+    file = folder / source.file
+    if not file.exists() and source.instead and (folder / source.instead).exists():
+        file = folder / source.instead
+        warnings.warn(
+            f"{name}: no {source.file} in {folder}, all of {file.name} serves", stacklevel=2
+        )
+    return read_file(file) if data_dir and file.exists() else []
 
 
 def read_file(path: Path) -> list[Row]:
@@ -417,7 +434,7 @@ def sudoku_judge(completion: str, answer: dict) -> Reward:
 
 COUNTDOWN = (
     "Use each of the given numbers exactly once, with + - * / and parentheses, to make the target. "
-    "Give the expression between <answer> and </answer>."
+    "Give the expression between <answer> and </answer>.\n"
 )
 
 OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
@@ -461,12 +478,17 @@ def countdown_values(numbers: tuple[int, ...]) -> dict[int, str]:
     return found
 
 
-def countdown_rows(split: str, data_dir: str | None) -> list[dict]:
-    """Three numbers from 1 to 9, in an order in which + - * alone make the target (1 to 99): a
-    search that a small model can learn. No two splits share numbers and target, in any order of the
-    numbers. A countdown_test.jsonl in data_dir replaces the test split."""
+def countdown_rows(split: str, data_dir: str | None, train_set: str = "generated") -> list[dict]:
+    """Three numbers and a target. No two splits share them, in any order of the numbers. A
+    countdown_test.jsonl in data_dir replaces the test split.
+
+    generated: numbers from 1 to 9, in an order in which + - * alone make the target (1 to 99): a
+    search that a small model can learn. published: the common set, with larger numbers."""
     if split == "test" and (rows := stored("countdown_test", data_dir)):
         return rows
+    if split != "test" and train_set == "published":
+        kept = hold_out(published_countdown(data_dir), split)
+        return [row for orders in kept for row in (orders if split == "train" else orders[:1])]
     rng, orders = random.Random("countdown"), {}
     for numbers in itertools.product(range(1, 10), repeat=3):
         for target in countdown_values(numbers):
@@ -478,21 +500,40 @@ def countdown_rows(split: str, data_dir: str | None) -> list[dict]:
     for *numbers, target in problems[held.get(split, slice(HELD_OUT, 2 * HELD_OUT))]:
         kept = orders[*numbers, target]
         kept = kept if split == "train" else [rng.choice(kept)]
-        rows += [{"numbers": list(order), "target": target} for order in kept]
+        for order in kept:
+            solution = countdown_values(order)[target]
+            rows.append({"numbers": list(order), "target": target, "solution": solution})
     rng.shuffle(rows)
     return rows
+
+
+@cache
+def published_countdown(data_dir: str | None) -> list[list[dict]]:
+    """The part of the common training set with three numbers, less what the test split asks; rows
+    that differ in the order of their numbers stand together."""
+
+    def key(row: dict) -> tuple[tuple[int, ...], int]:
+        answer = TASKS["countdown"].problem(row).answer
+        return tuple(sorted(answer["numbers"])), answer["target"]
+
+    asked, orders = {key(row) for row in countdown_rows("test", data_dir)}, {}
+    for row in read("countdown_train", data_dir):
+        numbers, target = key(row)
+        if len(numbers) == 3 and (numbers, target) not in asked:
+            orders.setdefault((numbers, target), []).append(row)
+    return list(orders.values())
 
 
 def countdown_build(row: dict) -> tuple[str, dict]:
     if "input" in row:  # the common test file: "30,100,93" and "23"
         numbers, target = [int(n) for n in row["input"].split(",")], int(row["output"])
     else:
-        numbers, target = row["numbers"], row["target"]
-    if not 2 <= len(numbers) <= 6 or not all(type(n) is int for n in [*numbers, target]):
+        numbers, target = row["nums" if "nums" in row else "numbers"], row["target"]
+    whole = isinstance(numbers, list) and all(type(n) is int for n in [*numbers, target])
+    if not whole or not 2 <= len(numbers) <= 6:
         raise ValueError(f"numbers are {numbers!r:.60} and target is {target!r:.60}")
-    solution = countdown_values(tuple(numbers)).get(target)
-    prompt = f"{COUNTDOWN}\nNumbers: {' '.join(map(str, numbers))}\nTarget: {target}"
-    return prompt, {"numbers": numbers, "target": target, "solution": solution}
+    prompt = f"{COUNTDOWN}Numbers: {' '.join(map(str, numbers))}\nTarget: {target}"
+    return prompt, {"numbers": numbers, "target": target, "solution": row.get("solution")}
 
 
 def countdown_judge(completion: str, answer: dict) -> Reward:
@@ -809,8 +850,10 @@ def humaneval_build(row: dict) -> tuple[str, dict]:
 
 
 def mbpp_build(row: dict) -> tuple[str, dict]:
-    tests, code, text = texts_of(row, "test_list"), text_of(row, "code"), text_of(row, "text")
-    job = sandbox_job(code, row.get("test_setup_code") or "", tests)
+    """A row of the full set, or of the sanitized one, which has other names for two fields."""
+    text = text_of(row, "prompt" if "prompt" in row else "text")
+    tests, code, imports = texts_of(row, "test_list"), text_of(row, "code"), row.get("test_imports")
+    job = sandbox_job(code, "\n".join(imports or [row.get("test_setup_code") or ""]), tests)
     listed = "\n".join(tests)
     return f"{BLOCK}{text}\nIt must pass these tests:\n{listed}", {"code": code, "job": job}
 
@@ -903,19 +946,20 @@ PROGRAMS = {"judge": code_judge, "judge_all": code_judge_all, "runs_code": True}
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("sudoku", sudoku_rows, sudoku_build, sudoku_judge,
-             "puzzle (16 digits, 0 for an empty cell) and, if you like, solution"),
-        Task("countdown", countdown_rows, countdown_build, countdown_judge,
-             "numbers (a list of 2 to 6 whole numbers) and target (a whole number)"),
-        Task("toycode", toycode_rows, toycode_build, **PROGRAMS,
+        Task("sudoku", sudoku_rows, sudoku_build, sudoku_judge, asks=SUDOKU,
+             fields="puzzle (16 digits, 0 for an empty cell) and, if you like, solution"),
+        Task("countdown", countdown_rows, countdown_build, countdown_judge, asks=COUNTDOWN,
+             fields="numbers (a list of 2 to 6 whole numbers) and target (a whole number)",
+             train_sets=("generated", "published")),
+        Task("toycode", toycode_rows, toycode_build, **PROGRAMS, asks=BLOCK,
              fields="text (what follows: a function f(a, b) that returns), code and tests"),
-        Task("gsm8k", files("gsm8k", "gsm8k"), gsm8k_build, gsm8k_judge,
-             "question and answer (a number, or a text that ends in #### and a number)"),
-        Task("math", files("math", "math"), math_build, math_judge,
-             "problem and answer (LaTeX), or problem and solution (with a \\boxed{})"),
-        Task("humaneval", files("kodcode", "humaneval"), code_build, **PROGRAMS,
+        Task("gsm8k", files("gsm8k", "gsm8k"), gsm8k_build, gsm8k_judge, asks=WORDED,
+             fields="question and answer (a number, or a text that ends in #### and a number)"),
+        Task("math", files("math", "math"), math_build, math_judge, asks=WORDED,
+             fields="problem and answer (LaTeX), or problem and solution (with a \\boxed{})"),
+        Task("humaneval", files("kodcode", "humaneval"), code_build, **PROGRAMS, asks=BLOCK,
              fields=CODE, train_sets=("kodcode", "mbpp")),
-        Task("mbpp", files("kodcode", "mbpp"), code_build, **PROGRAMS,
+        Task("mbpp", files("kodcode", "mbpp"), code_build, **PROGRAMS, asks=BLOCK,
              fields=CODE, train_sets=("kodcode", "mbpp")),
     )
 }  # fmt: skip

@@ -7,11 +7,12 @@ the whole trajectory: the state before step t is "tokens with when < t, masks el
 at t is "positions with when == t". Time here is generation order: t = 0 sees only masks (the
 diffusion literature counts the other way). The reward comes at the end.
 
-The gradient. grad J = sum_t E[A_t grad log pi(a_t | s_t)], A_t = r - V(s_t): exact for any baseline
-V that looks only at the state, and no likelihood of a sequence is needed.
+The gradient. grad J = sum_t E[A_t grad log pi(a_t | s_t)], A_t = r - V(s_t), for any baseline V
+that looks only at the state; no likelihood of a sequence is needed. It is exact over all steps, or
+over steps chosen whatever the trajectory; tests/test_exact.py prints what each shortcut costs.
 
   act      rollout              x_i ~ softmax(logits_i / temperature), the R surest are revealed
-  choose   select_steps         the K steps of highest entropy H_t carry most of the gradient
+  choose   select_steps         the K steps of highest entropy H_t (the paper's), or others
   credit   stepwise_advantages  G_t = (r + lam (r - r_hat_t)) / (1 + lam), minus the group's mean
   learn    clipped_loss         -min(ratio A, clip(ratio) A) + beta k3, summed over moves, over R
   tell     EventLog.tell        events.jsonl, which `python tui.py` shows
@@ -36,9 +37,12 @@ Where this file departs from the paper or from its released code, and why:
     selected or scored, in training and evaluation alike.
  9. Randomness is a function of (seed, step, row): it depends on neither ranks nor batches, and a
     resumed run continues exactly.
-10. `--cache block` (not in the paper) encodes what lies outside a block once per block. It draws
-    from a slightly different policy: its moves carry a truncated importance weight, and the run
-    logs how far the two are apart (cache/kl, cache/weight).
+10. `--cache block` (not in the paper) draws from a slightly different policy: its moves carry a
+    truncated importance weight, and the run logs how far apart the two are (cache/kl).
+11. All seven linear maps of a block are adapted (the released list of names misses three of
+    LLaDA's), and lam is constant (a later state of the released code takes lam t / T).
+
+Data, prompts, rewards and settings, published and here: a table in the README.
 
 Names end in their dimensions: B prompts of this rank, G samples per prompt, N = B*G rows
 (prompt-major), n of them still decoded, T denoising steps, K selected ones, S = N*K moves, R tokens
@@ -48,12 +52,13 @@ C completion, L = P + C, V vocabulary, D width; X and W local counts. The settin
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -61,8 +66,8 @@ from torch import Tensor, nn
 
 import data
 import run as running
-from config import Config, Mode, parse
-from model import texts, with_completion
+from config import Config, parse
+from model import draw, invert, logits_at, most_probable, pick, places, texts, with_completion
 from run import Ranks, Run, Tally, batch, clip_gradients, demand_finite, set_learning_rate, uniform
 
 # ---- train ---------------------------------------------------------------------------------------
@@ -71,10 +76,9 @@ from run import Ranks, Run, Tally, batch, clip_gradients, demand_finite, set_lea
 def train(run: Run, start: int) -> None:
     """Act, choose, credit, learn, tell, until cfg.steps are done."""
     cfg, policy, ranks, log = run.cfg, run.policy, run.ranks, run.log
-    mask, end = policy.config.mask_id, policy.config.eos_id
     rows = ranks.rows(cfg.B * cfg.G)
     for step in itertools.count(start):
-        between_steps(run, step, start)
+        running.between_steps(run, step, start, evaluate)
         if step == cfg.steps:
             return
         tally = Tally()
@@ -84,52 +88,34 @@ def train(run: Run, start: int) -> None:
         with log.phase(step, "rollout"):  # act
             u_NT2J = uniform((cfg.T, 2, cfg.block), rows, cfg.seed, step, "draw").to(ranks.device)
             watch = log.watcher(step, problems[0].prompt)
-            roll = rollout(policy, *run.prompts(problems), cfg, u_NT2J, watch)
+            roll = rollout(policy, *run.prompts(problems), cfg, u_NT2J, watch=watch)
             demand_finite("entropy of the rollout's logits", roll.entropy_NC.sum(), ranks)
-            answers = texts(roll.token_NC, run.tokenizer, end)
+            answers = texts(roll.token_NC, run.tokenizer, policy.ends)
             judged = run.judge(answers, problems)
 
         with log.phase(step, "logp"):  # choose
-            moves = choose_moves(roll, cfg, mask, step, rows)
-            old_SU, guess_SC = log_probs(policy, moves, cfg, guess=cfg.stepwise)
-            with run.reference() as reference:
-                ref_SU, _ = log_probs(reference, moves, cfg)
-            moves = moves._replace(old_SU=old_SU, ref_SU=ref_SU, guess_SC=guess_SC)
+            moves = choose_moves(roll, cfg, policy, step, rows)
+            if cfg.looks_back:
+                old_SU, _, guess_SC = log_probs(policy, moves, cfg, guess=cfg.stepwise)
+                moves = moves._replace(old_SU=old_SU, guess_SC=guess_SC)
+            if cfg.beta > 0:
+                with run.reference() as reference:
+                    moves = moves._replace(ref_SU=log_probs(reference, moves, cfg)[1])
 
         with log.phase(step, "score"):  # credit
-            rewards, early_S = judged.result(), early_rewards(run, problems, guess_SC)
+            rewards, early_S = judged.result(), early_rewards(run, problems, moves.guess_SC)
             reward_N = torch.tensor(rewards, device=ranks.device)
             moves = credit(moves._replace(early_S=early_S), reward_N, cfg)
 
         with log.phase(step, "update"):  # learn
             set_learning_rate(run.optimizer, cfg, step)
-            for _ in range(cfg.mu):
-                ratio_SU = update(policy, run.optimizer, moves, cfg, ranks, tally)
+            ratio_SU = torch.ones_like(moves.adv_SU)
+            for part in minibatches(moves, cfg):
+                ratio_SU[part] = update(policy, run.optimizer, moves.take(part), cfg, ranks, tally)
             moves = moves._replace(ratio_SU=ratio_SU)
 
+        run.count(tally, roll, len(moves.slot_S))
         log.tell(step, tally, problems, answers, rewards, roll, moves)
-
-
-def between_steps(run: Run, step: int, start: int) -> None:
-    """With `step` steps done: save, stop if somebody asked for it, evaluate."""
-    cfg, last = run.cfg, step == run.cfg.steps
-    stopping = run.stopping()
-    if step > start and (step % cfg.save_every == 0 or last or stopping):
-        with run.log.phase(step, "save"):
-            running.save_checkpoint(run, step)
-    if stopping:
-        raise running.stopped(run)
-    splits = {}
-    if step % cfg.eval_every == 0 or last:
-        splits["val"] = run.val_set
-    if last and run.test_set:
-        splits["test"] = run.test_set
-    for split, problems in splits.items():
-        with run.log.phase(step, "eval"):
-            m = evaluate(run, problems, cfg)
-        run.log.eval(step, m, split)
-        if split == "val":
-            running.note_validation(run, step, m)
 
 
 # ---- act -----------------------------------------------------------------------------------------
@@ -143,8 +129,9 @@ class Rollout:
     real_NP: Tensor  # False at padding
     token_NC: Tensor
     when_NC: Tensor
-    sure_NC: Tensor  # log-prob of each token when it was revealed
+    logp_NC: Tensor  # log-prob of each token when it was revealed
     entropy_NC: Tensor  # nats, of the distribution it was drawn from
+    drawn_NTJ: Tensor  # what was drawn at each hidden position of the step's block, else the mask
     T: int
     forwards: int = 0  # forward passes times rows, for the cost
 
@@ -157,9 +144,9 @@ class Rollout:
         count_NT = one_NC.new_zeros(size).scatter_add(1, self.when_NC, one_NC)
         return torch.where(count_NT > 0, total_NT / count_NT, -math.inf)[:, : self.T]
 
-    def lengths(self, end: int) -> Tensor:
+    def lengths(self, ends: Tensor) -> Tensor:
         """Tokens before the first end token [N]."""
-        return ((self.token_NC == end).cumsum(1) == 0).sum(1)
+        return (torch.isin(self.token_NC, ends).cumsum(1) == 0).sum(1)
 
 
 @torch.no_grad()
@@ -169,9 +156,13 @@ def rollout(
     real_NP: Tensor,
     cfg: Config,
     u_NT2J: Tensor | None = None,
+    greedy: bool = False,
     watch: Callable[[int, Rollout], None] | None = None,
 ) -> Rollout:
-    """Complete each prompt in T denoising steps (section 3); greedy at temperature 1 without noise.
+    """Complete each prompt in T denoising steps (section 3).
+
+    u_NT2J is the noise: for the draw of each position of a block, and for random order. Without it,
+    or with `greedy`, the most probable tokens.
 
     With `cfg.cache` "block", only a block's first step encodes the whole sequence; the others renew
     the block and see the rest as it was then (the dual cache of Fast-dLLM, arXiv 2505.22618).
@@ -180,15 +171,17 @@ def rollout(
     block (which rows have ended?), and in between only where `watch` does.
     """
     (N, P), J, R = prompt_NP.shape, cfg.block, cfg.C // cfg.T
-    end, mask = policy.config.eos_id, policy.config.mask_id
-    temperature = 1.0 if u_NT2J is None else cfg.temperature
+    mask = policy.config.mask_id
+    greedy = greedy or u_NT2J is None
     token_NC = prompt_NP.new_full((N, cfg.C), mask)
     when_NC = torch.full_like(token_NC, cfg.T)
-    sure_NC = torch.zeros((N, cfg.C), device=prompt_NP.device)
-    entropy_NC = torch.zeros_like(sure_NC)
-    roll = Rollout(prompt_NP, real_NP, token_NC, when_NC, sure_NC, entropy_NC, cfg.T)
+    logp_NC = torch.zeros((N, cfg.C), device=prompt_NP.device)
+    entropy_NC, drawn_NTJ = torch.zeros_like(logp_NC), token_NC.new_full((N, cfg.T, J), mask)
+    roll = Rollout(
+        prompt_NP, real_NP, token_NC, when_NC, logp_NC, entropy_NC, drawn_NTJ, cfg.T
+    )  # fmt: skip
     for first in range(0, cfg.C, J):
-        rows = unfinished((token_NC[:, :first] == end).any(1), cfg.shard)
+        rows = unfinished(torch.isin(token_NC[:, :first], policy.ends).any(1), cfg.shard)
         prompt_nP, real_nL = prompt_NP[rows], with_completion(real_NP[rows], cfg.C)
         at_J = P + first + torch.arange(J, device=rows.device)
         cache = [[] for _ in policy.blocks] if cfg.cache == "block" else None
@@ -201,18 +194,20 @@ def rollout(
             u_nM = place_nM = None
             if u_NT2J is not None:
                 u_nM, place_nM = (u_nJ.gather(1, at_nM) for u_nJ in u_NT2J[rows, t].unbind(1))
-            token_nM, sure_nM, entropy_nM = draw(policy, h_nMD, u_nM, temperature)
-            random_order = cfg.order == "random" and place_nM is not None
-            best_nR = reveal(place_nM if random_order else sure_nM, R)
+            temperature = 1.0 if greedy else cfg.temperature
+            drawn = draw(policy, h_nMD, None if greedy else u_nM, temperature)
+            token_nM, logp_nM, sure_nM, entropy_nM = drawn
+            best_nR = reveal(place_nM if cfg.order == "random" else sure_nM, R)
             cells = rows[:, None], first + at_nM.gather(1, best_nR)
             token_NC[cells] = token_nM.gather(1, best_nR)
             when_NC[cells] = t
-            sure_NC[cells] = sure_nM.gather(1, best_nR)
+            logp_NC[cells] = logp_nM.gather(1, best_nR)
             entropy_NC[cells] = entropy_nM.gather(1, best_nR)
+            drawn_NTJ[rows[:, None], t, at_nM] = token_nM
             roll.forwards += len(rows)
             if watch:
                 watch(t, roll)
-    cut_at_the_end(roll, J, end)
+    cut_at_the_end(roll, J, policy.ends, policy.config.eos_id)
     return roll
 
 
@@ -231,70 +226,15 @@ def unfinished(done_N: Tensor, shard: bool) -> Tensor:
     return live[torch.arange(min(size, len(done_N)), device=live.device) % max(1, len(live))]
 
 
-def cut_at_the_end(roll: Rollout, J: int, end: int) -> None:
+def cut_at_the_end(roll: Rollout, J: int, ends: Tensor, end: int) -> None:
     """Fill the blocks after a row's first end token with end tokens that no step has revealed."""
-    ended_NX = (roll.token_NC == end).unflatten(1, (-1, J)).any(2).cumsum(1).bool()
+    ended_NX = torch.isin(roll.token_NC, ends).unflatten(1, (-1, J)).any(2).cumsum(1).bool()
     before_NX = torch.cat((torch.zeros_like(ended_NX[:, :1]), ended_NX[:, :-1]), dim=1)
     after_NC = before_NX.repeat_interleave(J, dim=1)
     roll.token_NC = roll.token_NC.masked_fill(after_NC, end)
     roll.when_NC = roll.when_NC.masked_fill(after_NC, roll.T)
-    roll.sure_NC = roll.sure_NC.masked_fill(after_NC, 0)
+    roll.logp_NC = roll.logp_NC.masked_fill(after_NC, 0)
     roll.entropy_NC = roll.entropy_NC.masked_fill(after_NC, 0)
-
-
-def log_policy(policy: nn.Module, h: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature) of features [..., D], ids never emitted left out."""
-    logits = policy.head(h).masked_fill(policy.never_V, -math.inf)
-    return torch.log_softmax(logits / temperature, dim=-1)
-
-
-def draw(policy: nn.Module, h_NMD: Tensor, u_NM: Tensor | None, temperature: float):
-    """A token for every position, its log-prob and the entropy (nats) there: three [N, M].
-
-    Sampling inverts the distribution function at `u`: one random number a position whatever the
-    vocabulary, and the tail is sampled. Without `u`, the most probable token.
-    """
-    h_QD, parts = h_NMD.flatten(0, 1), []
-    for some in slabs(h_QD, policy.never_V):
-        logp_QV = log_policy(policy, h_QD[some], temperature)
-        prob_QV = logp_QV.exp()
-        token_Q = logp_QV.argmax(-1) if u_NM is None else sample(prob_QV, u_NM.flatten()[some])
-        sure_Q = logp_QV.gather(1, token_Q[:, None]).squeeze(1)
-        parts.append((token_Q, sure_Q, torch.special.entr(prob_QV).sum(1)))
-    return [torch.cat(part).view(h_NMD.shape[:2]) for part in zip(*parts)]
-
-
-def sample(prob_QV: Tensor, u_Q: Tensor, W: int = 512) -> Tensor:
-    """The token [Q] at `u` of the distribution function: first which W tokens, then which of them.
-
-    So that float64, which the tail needs, is paid for W numbers and not for the vocabulary.
-    """
-    prob_QXW = nn.functional.pad(prob_QV, (0, -prob_QV.shape[1] % W)).unflatten(1, (-1, W))
-    part_Q, rest_Q = invert(prob_QXW.sum(2), u_Q)
-    prob_QW = prob_QXW.gather(1, part_Q[:, None, None].expand(-1, 1, W)).squeeze(1)
-    token_Q = part_Q * W + invert(prob_QW, rest_Q)[0]
-    return token_Q.clamp(max=prob_QV.shape[1] - 1)  # NaN would push the index past the end
-
-
-def invert(prob_QX: Tensor, u_Q: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the running sum passes the share `u` of the total, and which share of the number there
-    comes before that spot: two [Q]."""
-    cdf_QX = prob_QX.double().cumsum(1)
-    spot_Q1 = u_Q[:, None] * cdf_QX[:, -1:]
-    at_Q1 = torch.searchsorted(cdf_QX, spot_Q1, right=True)
-    at_Q1 = at_Q1.clamp(max=cdf_QX.shape[1] - 1)
-    rest_Q1 = 1 - (cdf_QX.gather(1, at_Q1) - spot_Q1) / prob_QX.gather(1, at_Q1)
-    return at_Q1.squeeze(1), rest_Q1.squeeze(1).clamp(min=0)
-
-
-def slabs(h_QD: Tensor, never_V: Tensor) -> list[slice]:
-    """Cut positions so that their logits stay small: memory without a knob.
-
-    64 MiB a slab; 16 on a CPU, where malloc maps anything larger from the system each time.
-    """
-    most = 2**22 if never_V.device.type == "cpu" else 2**24
-    size = max(1, most // len(never_V))
-    return [slice(i, i + size) for i in range(0, len(h_QD), size)]
 
 
 def reveal(score_NM: Tensor, R: int) -> Tensor:
@@ -303,38 +243,42 @@ def reveal(score_NM: Tensor, R: int) -> Tensor:
     return score_NM.sort(dim=1, descending=True, stable=True).indices[:, :R]
 
 
-def places(where_NC: Tensor, count: int) -> Tensor:
-    """The first `count` positions at which it is True [N, count], in order."""
-    return where_NC.float().sort(dim=1, descending=True, stable=True).indices[:, :count]
-
-
-def pick(x_SJD: Tensor, at_SR: Tensor) -> Tensor:
-    """The vectors at these positions: [S, R, D]."""
-    return x_SJD.gather(1, at_SR[..., None].expand(-1, -1, x_SJD.shape[-1]))
-
-
 # ---- choose --------------------------------------------------------------------------------------
 
 
 def select_steps(entropy_NT: Tensor, K: int, how: str, u_NT: Tensor | None = None) -> Tensor:
-    """The K steps of each trajectory that learn [N, K], in order of time.
+    """The K steps of each trajectory that learn [N, K].
 
     The gradient lost by leaving a step out is bounded by its entropy (section 4), so `entropy`
-    keeps the K largest. `uniform` takes the middle of K equal parts, `random` any (`u_NT`), `all`
-    every step. Steps after a row's end (entropy -inf) come last, and only where nothing else is.
+    keeps the K largest. `uniform` takes the last of K equal parts, `random` any K (`u_NT`), `all`
+    every step, in order of time; steps after a row's end (entropy -inf) come last, and only where
+    nothing else is. `sampled` draws K times with the chances of `step_chances`: one may come twice,
+    and they stay unsorted, for the mean of a slot is a baseline only if it cannot tell the time.
     """
     live_NT = entropy_NT > -math.inf
     if how == "all":
         return torch.arange(entropy_NT.shape[1], device=entropy_NT.device).expand_as(entropy_NT)
+    if how == "sampled":
+        chance_SX = step_chances(entropy_NT).repeat_interleave(K, dim=0)
+        return invert(chance_SX, u_NT[:, :K].flatten())[0].view(-1, K)
     if how == "uniform":
         t = torch.arange(entropy_NT.shape[1], device=entropy_NT.device)
         n_N1 = live_NT.sum(1, keepdim=True)
-        part_NT, next_NT = (((t + i) * K / n_N1 + 0.5).floor() for i in (0, 1))
-        score_NT = ((next_NT > part_NT) | (n_N1 <= K)).float()  # the K middles, or all there are
+        part_NT, next_NT = ((t + i) * K // n_N1 for i in (0, 1))
+        score_NT = ((next_NT > part_NT) | (n_N1 <= K)).float()  # the K lasts, or all there are
     else:
         score_NT = entropy_NT if how == "entropy" else u_NT
     score_NT = torch.where(live_NT, score_NT, -math.inf)
     return score_NT.sort(dim=1, descending=True, stable=True).indices[:, :K].sort(dim=1).values
+
+
+def step_chances(entropy_NT: Tensor, floor: float = 0.1) -> Tensor:
+    """How likely `sampled` draws each step [N, T]: by its entropy, but for a tenth of the chance,
+    which all live steps share, so that no weight exceeds 10 (AGRPO, arXiv 2510.04019)."""
+    even_NT = (entropy_NT > -math.inf).to(entropy_NT)
+    share_NT = even_NT * entropy_NT.clamp(min=1e-6)
+    share_NT, even_NT = (x_NT / x_NT.sum(1, keepdim=True) for x_NT in (share_NT, even_NT))
+    return (1 - floor) * share_NT + floor * even_NT
 
 
 class Moves(NamedTuple):
@@ -350,40 +294,50 @@ class Moves(NamedTuple):
     at_SR: Tensor  # positions in the completion
     token_SR: Tensor
     live_SU: Tensor  # False: the row had ended, or a filler
+    slot_S: Tensor  # which of the trajectory's moves it is: 0 the one of highest entropy
+    drawn_SJ: Tensor | None = None  # what was drawn in its block, losers included; else the mask
     t_S: Tensor | None = None  # when it was made
-    drawn_SU: Tensor | None = None  # log-prob in the rollout, which may use a cache
-    old_SU: Tensor | None = None  # log-prob under the policy that moved
-    ref_SU: Tensor | None = None  # log-prob under the reference
+    weight_SU: Tensor | None = None  # makes up for the chance that it was selected
+    rollout_SU: Tensor | None = None  # log-prob in the rollout, which may use a cache
+    old_SU: Tensor | None = None  # log-prob under the policy that moved; None: the present one
+    ref_SU: Tensor | None = None  # log-prob of its tokens under the reference
     guess_SC: Tensor | None = None  # greedy one-step completion of the state
     early_S: Tensor | None = None  # its reward
-    weight_SU: Tensor | None = None  # of a move drawn with a cache, already in its advantage
-    adv_SU: Tensor | None = None
-    ratio_SU: Tensor | None = None  # before the last update
+    cache_SU: Tensor | None = None  # importance weight of a move drawn with a cache
+    adv_SU: Tensor | None = None  # advantage, weights included
+    ratio_SU: Tensor | None = None  # before its last update
 
     def take(self, rows: Tensor) -> Moves:
         return Moves(*(None if x is None else x[rows] for x in self))
 
 
-def choose_moves(roll: Rollout, cfg: Config, mask: int, step: int, rows: range) -> Moves:
+def choose_moves(roll: Rollout, cfg: Config, policy: nn.Module, step: int, rows: range) -> Moves:
     """The moves of this rollout that learn."""
     device = roll.token_NC.device
     if cfg.method == "diffu_grpo":
-        u_NP = uniform(roll.prompt_NP.shape[1:], rows, cfg.seed, step, "hide").to(device)
-        return one_step_moves(roll, mask, u_NP)
+        u_NKP = uniform((cfg.mu, roll.prompt_NP.shape[1]), rows, cfg.seed, step, "hide").to(device)
+        return one_step_moves(roll, policy, u_NKP)
     u_NT = None
-    if cfg.select == "random":
+    if cfg.select in ("random", "sampled"):
         u_NT = uniform((cfg.T,), rows, cfg.seed, step, "select").to(device)
-    return gather_moves(roll, select_steps(roll.entropy_NT, cfg.K, cfg.select, u_NT), mask)
+    t_NK = select_steps(roll.entropy_NT, cfg.K, cfg.select, u_NT)
+    moves = gather_moves(roll, t_NK, policy.config.mask_id)
+    if cfg.select != "sampled":
+        return moves
+    chance_NK = step_chances(roll.entropy_NT).gather(1, t_NK)
+    return moves._replace(weight_SU=1 / (cfg.T * chance_NK).view(-1, 1))
 
 
 def gather_moves(roll: Rollout, t_NK: Tensor, mask: int) -> Moves:
     """The moves made at the selected steps, trajectory by trajectory: S = N*K rows."""
     K, R, t_S1 = t_NK.shape[1], roll.token_NC.shape[1] // roll.T, t_NK.reshape(-1, 1)
-    token_SC, when_SC, sure_SC, prompt_SP, real_SP = (
+    token_SC, when_SC, logp_SC, prompt_SP, real_SP = (
         x.repeat_interleave(K, dim=0)
-        for x in (roll.token_NC, roll.when_NC, roll.sure_NC, roll.prompt_NP, roll.real_NP)
+        for x in (roll.token_NC, roll.when_NC, roll.logp_NC, roll.prompt_NP, roll.real_NP)
     )
     at_SR = places(when_SC == t_S1, R)
+    n_S = torch.arange(len(t_NK), device=t_NK.device).repeat_interleave(K)
+    rank_NK = roll.entropy_NT.gather(1, t_NK).argsort(dim=1, descending=True, stable=True)
     return Moves(
         prompt_SP,
         real_SP,
@@ -391,25 +345,35 @@ def gather_moves(roll: Rollout, t_NK: Tensor, mask: int) -> Moves:
         at_SR=at_SR,
         token_SR=token_SC.gather(1, at_SR),
         live_SU=(when_SC == t_S1).any(1, keepdim=True),
+        slot_S=rank_NK.argsort(dim=1).flatten(),
+        drawn_SJ=roll.drawn_NTJ[n_S, t_S1.squeeze(1)],
         t_S=t_S1.squeeze(1),
-        drawn_SU=sure_SC.gather(1, at_SR).sum(1, keepdim=True),
+        rollout_SU=logp_SC.gather(1, at_SR).sum(1, keepdim=True),
     )
 
 
-def one_step_moves(roll: Rollout, mask: int, u_NP: Tensor, hide: float = 0.15) -> Moves:
-    """diffu_grpo (d1, arXiv 2504.12216): score the answer from a fully masked completion, once.
+def one_step_moves(roll: Rollout, policy: nn.Module, u_NKP: Tensor, hide: float = 0.15) -> Moves:
+    """diffu_grpo (d1, arXiv 2504.12216): score the answer from a fully masked completion.
 
-    The prompt loses 15 % of its tokens to masks, so that the mean-field estimate varies.
+    Once for each of K updates, and each time another 15 % of the prompt's tokens are masked. Tokens
+    after the first end token do not count.
     """
-    hidden_NP = (u_NP < hide) & roll.real_NP
-    every_C = torch.arange(roll.token_NC.shape[1], device=u_NP.device)
+    (N, K), mask = u_NKP.shape[:2], policy.config.mask_id
+    every_C = torch.arange(roll.token_NC.shape[1], device=u_NKP.device)
+    live_NC = (every_C <= roll.lengths(policy.ends)[:, None]) & (roll.when_NC < roll.T)
+    token_SC, prompt_SP, real_SP, live_SC = (
+        x.repeat_interleave(K, dim=0)
+        for x in (roll.token_NC, roll.prompt_NP, roll.real_NP, live_NC)
+    )
+    hidden_SP = (u_NKP.flatten(0, 1) < hide) & real_SP
     return Moves(
-        torch.where(hidden_NP, mask, roll.prompt_NP),
-        roll.real_NP,
-        state_SC=torch.full_like(roll.token_NC, mask),
-        at_SR=every_C.expand_as(roll.token_NC),
-        token_SR=roll.token_NC,
-        live_SU=roll.when_NC < roll.T,
+        torch.where(hidden_SP, mask, prompt_SP),
+        real_SP,
+        state_SC=torch.full_like(token_SC, mask),
+        at_SR=every_C.expand_as(token_SC),
+        token_SR=token_SC,
+        live_SU=live_SC,
+        slot_S=torch.arange(K, device=u_NKP.device).repeat(N),
     )
 
 
@@ -420,7 +384,7 @@ def early_rewards(run: Run, problems: list[data.Problem], guess_SC: Tensor | Non
     """r_hat: the reward of the guess at each selected step [S], by the same function as r."""
     if guess_SC is None:
         return None
-    guesses = texts(guess_SC, run.tokenizer, run.policy.config.eos_id)
+    guesses = texts(guess_SC, run.tokenizer, run.policy.ends)
     asked = [problem for problem in problems for _ in range(len(guesses) // len(problems))]
     return torch.tensor(run.judge(guesses, asked).result(), device=guess_SC.device)
 
@@ -429,62 +393,77 @@ def credit(moves: Moves, reward_N: Tensor, cfg: Config) -> Moves:
     """The moves with their advantage, which is the same for all ratios of a move."""
     live_NK = moves.live_SU.any(1).view(len(reward_N), -1)
     early_NK = None if moves.early_S is None else moves.early_S.view(live_NK.shape)
-    adv_NK = stepwise_advantages(reward_N, early_NK, live_NK, cfg.G, cfg.lam)
+    adv_NK = stepwise_advantages(reward_N, early_NK, live_NK, cfg.G, cfg.lam, cfg.normalise)
     adv_SU = adv_NK.reshape(-1, 1).expand_as(moves.live_SU)
-    if cfg.cache == "none":
-        return moves._replace(adv_SU=adv_SU)
-    weight_SU = cache_weight(moves)
-    return moves._replace(adv_SU=adv_SU * weight_SU, weight_SU=weight_SU)
+    if moves.weight_SU is not None:
+        adv_SU = adv_SU * moves.weight_SU
+    if cfg.cache == "block":
+        moves = moves._replace(cache_SU=cache_weight(moves))
+        adv_SU = adv_SU * moves.cache_SU
+    return moves._replace(adv_SU=adv_SU)
 
 
 def stepwise_advantages(
-    reward_N: Tensor, early_NK: Tensor | None, live_NK: Tensor, G: int, lam: float
+    reward_N: Tensor,
+    early_NK: Tensor | None,
+    live_NK: Tensor,
+    G: int,
+    lam: float,
+    normalise: bool = False,
 ) -> Tensor:
     """Advantage of each selected move [N, K] (section 5).
 
     Return G_t = (r + lam (r - r_hat_t)) / (1 + lam), minus the mean of the group's live moves in
-    the same slot; 0 where the row had ended. Without early rewards G_t = r, which is EGSPO. No
-    division by the standard deviation.
+    the same slot; 0 where the row had ended. Without early rewards G_t = r, which is EGSPO. With
+    `normalise` divided by the standard deviation of the group's rewards, as GRPO does.
     """
     return_NK = reward_N[:, None].expand_as(live_NK)
     if early_NK is not None:
         return_NK = (return_NK + lam * (return_NK - early_NK)) / (1 + lam)
     return_BGK, live_BGK = (x_NK.unflatten(0, (-1, G)) for x_NK in (return_NK, live_NK))
+    return_BGK = return_BGK - return_BGK[:, :1]  # so that equal ones leave exactly 0
     total_B1K = torch.where(live_BGK, return_BGK, 0).sum(1, keepdim=True)
     mean_B1K = total_B1K / live_BGK.sum(1, keepdim=True).clamp(min=1)
-    return torch.where(live_BGK, return_BGK - mean_B1K, 0).flatten(0, 1)
+    adv_BGK = torch.where(live_BGK, return_BGK - mean_B1K, 0)
+    if normalise:
+        adv_BGK = adv_BGK / (reward_N.view(-1, G, 1).std(1, keepdim=True) + 1e-4)
+    return adv_BGK.flatten(0, 1)
 
 
 def cache_weight(moves: Moves, cap: float = 2.0) -> Tensor:
     """min(pi(a) / pi_cached(a), cap) [S, U]: a cached rollout draws from a slightly different
     policy. This corrects the draw of the move itself, not of the states before and after it."""
-    return (moves.old_SU - moves.drawn_SU).exp().clamp(max=cap)
+    return (moves.old_SU - moves.rollout_SU).exp().clamp(max=cap)
 
 
 # ---- learn ---------------------------------------------------------------------------------------
 
 
+def minibatches(moves: Moves, cfg: Config) -> Iterator[Tensor]:
+    """Which moves each optimizer step of this rollout learns: all of them, `mu` times, or with
+    `minibatches` one part of the slots after the other, those of highest entropy first."""
+    by_slot_S = moves.slot_S.argsort(stable=True)
+    for _ in range(cfg.repeats):
+        yield from by_slot_S.chunk(cfg.parts)
+
+
 @torch.no_grad()
 def log_probs(policy: nn.Module, moves: Moves, cfg: Config, guess: bool = False):
-    """Log-prob of each move [S, U] under `policy`; with `guess` also its guess [S, C]."""
-    S, logps, guesses = len(moves.live_SU), [], []
+    """Log-prob under `policy` of each move and of its tokens, both [S, U]; with `guess` also its
+    guess [S, C]."""
+    S, logps, tokens, guesses = len(moves.live_SU), [], [], []
     for mb in micro_batches(moves, cfg.micro):
         h_SCD = completion_features(policy, mb)
-        logps.append(move_logp(policy, h_SCD, mb, cfg))
+        logp_SU, token_SU = move_logp(policy, h_SCD, mb, cfg)
+        logps.append(logp_SU)
+        tokens.append(token_SU)
         if guess:
             guesses.append(greedy_guess(policy, h_SCD, mb.state_SC))
-    return torch.cat(logps)[:S], torch.cat(guesses)[:S] if guess else None
+    return torch.cat(logps)[:S], torch.cat(tokens)[:S], torch.cat(guesses)[:S] if guess else None
 
 
-def update(
-    policy: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    moves: Moves,
-    cfg: Config,
-    ranks: Ranks,
-    tally: Tally,
-) -> Tensor:
-    """One optimizer step on all moves; the result depends on neither `micro` nor the rank count.
+def update(policy, optimizer, moves: Moves, cfg: Config, ranks: Ranks, tally: Tally) -> Tensor:
+    """One optimizer step on these moves; the result depends on neither `micro` nor the ranks.
 
     Returns the ratios [S, U] before the step. Raises Halt where a number is not finite.
     """
@@ -492,12 +471,13 @@ def update(
     count = ranks.sum(moves.live_SU.sum().float())
     ratios = []
     for mb in micro_batches(moves, cfg.micro):
-        logp_SU = move_logp(policy, completion_features(policy, mb), mb, cfg)
-        loss_SU, stats = clipped_loss(logp_SU, mb, cfg)
+        logp_SU, token_SU = move_logp(policy, completion_features(policy, mb), mb, cfg)
+        loss_SU, stats = clipped_loss(logp_SU, token_SU, mb, cfg)
         (torch.where(mb.live_SU, loss_SU, 0).sum() / count).backward()
         for name, value_SU in stats.items():
             tally.add(name, value_SU, mb.live_SU)
         ratios.append(stats["ratio/mean"])
+        tally.peak("ratio/max", torch.where(mb.live_SU, ratios[-1], 0))
     norm = clip_gradients(parameters, cfg, ranks)
     demand_finite("gradient norm", norm, ranks)
     optimizer.step()
@@ -507,71 +487,94 @@ def update(
     return torch.cat(ratios)[: len(moves.live_SU)]
 
 
-def clipped_loss(logp_SU: Tensor, mb: Moves, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
+FARTHEST = 10.0  # nats between two policies that count: e^10 in a ratio, finite in any precision
+
+
+def clipped_loss(
+    logp_SU: Tensor, token_SU: Tensor, mb: Moves, cfg: Config
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The surrogate of section 4 [S, U], and its statistics by name, each [S, U].
 
     [-min(ratio A, clip(ratio) A) + beta k3] / R, where ratio = exp(logp - old) and k3 = exp(ref -
-    logp) - (ref - logp) - 1. R, the tokens of a ratio, keeps a step of many from outweighing one
-    of few.
+    token) - (ref - token) - 1, of the move's tokens whatever its likelihood counts. R, the tokens
+    of a ratio, keeps a step of many from outweighing one of few.
     """
-    ratio_SU = (logp_SU - mb.old_SU).exp()
+    old_SU = logp_SU.detach() if mb.old_SU is None else mb.old_SU
+    ratio_SU = (logp_SU - old_SU).clamp(-FARTHEST, FARTHEST).exp()
     clipped_SU = ratio_SU.clamp(1 - cfg.eps_low, 1 + cfg.eps_high)
-    gain_SU = torch.minimum(ratio_SU * mb.adv_SU, clipped_SU * mb.adv_SU)
-    away_SU = mb.ref_SU - logp_SU
-    kl_SU = away_SU.exp() - away_SU - 1
-    loss_SU = (cfg.beta * kl_SU - gain_SU) / (mb.at_SR.shape[1] // logp_SU.shape[1])
+    loss_SU = -torch.minimum(ratio_SU * mb.adv_SU, clipped_SU * mb.adv_SU)
     stats = {
-        "loss": loss_SU,
-        "kl": kl_SU,
         "ratio/mean": ratio_SU,
         "clip_hi": ((ratio_SU > 1 + cfg.eps_high) & (mb.adv_SU > 0)).float(),
         "clip_lo": ((ratio_SU < 1 - cfg.eps_low) & (mb.adv_SU < 0)).float(),
     }
+    if mb.ref_SU is not None:
+        stats["kl"] = k3(mb.ref_SU, token_SU)
+        loss_SU = loss_SU + cfg.beta * stats["kl"]
+    loss_SU = loss_SU / (mb.at_SR.shape[1] // logp_SU.shape[1])
+    stats["loss"] = loss_SU
     return loss_SU, {name: value_SU.detach() for name, value_SU in stats.items()}
 
 
-def move_logp(policy: nn.Module, h_SCD: Tensor, mb: Moves, cfg: Config) -> Tensor:
-    """log pi(a_t | s_t) at the sampling temperature [S, U], of features of the completion."""
+def k3(ref: Tensor, logp: Tensor) -> Tensor:
+    """Schulman's estimate of the KL to the reference, in nats, never negative."""
+    away = (ref - logp).clamp(-FARTHEST, FARTHEST)
+    return away.exp() - away - 1
+
+
+def move_logp(policy: nn.Module, h_SCD: Tensor, mb: Moves, cfg: Config) -> tuple[Tensor, Tensor]:
+    """log pi(a_t | s_t) at the sampling temperature [S, U], of features of the completion, and the
+    same of the tokens alone. Two different numbers with `exact` only."""
     if cfg.likelihood == "exact" and cfg.order == "low_confidence":
         first_S1 = mb.at_SR[:, :1] // cfg.block * cfg.block
         at_SJ = first_S1 + torch.arange(cfg.block, device=first_S1.device)
-        logp_SJV = log_policy(policy, pick(h_SCD, at_SJ), cfg.temperature)
+        logits_SJV = logits_at(policy, pick(h_SCD, at_SJ))
         hidden_SJ = mb.state_SC.gather(1, at_SJ) == policy.config.mask_id
-        return exact_logp(logp_SJV, hidden_SJ, mb.at_SR - first_S1, mb.token_SR)[:, None]
-    logp_SRV = log_policy(policy, pick(h_SCD, mb.at_SR), cfg.temperature)
+        at_SR = mb.at_SR - first_S1
+        won = logits_SJV, cfg.temperature, hidden_SJ, at_SR, mb.token_SR, mb.drawn_SJ
+        logp_S, token_S = exact_logp(*won)
+        return logp_S[:, None], token_S[:, None]
+    logits_SRV = logits_at(policy, pick(h_SCD, mb.at_SR))
+    logp_SRV = torch.log_softmax(logits_SRV / cfg.temperature, dim=-1)
     logp_SR = logp_SRV.gather(-1, mb.token_SR[..., None]).squeeze(-1)
-    return logp_SR.unflatten(1, (mb.live_SU.shape[1], -1)).sum(2)
+    logp_SU = logp_SR.unflatten(1, (mb.live_SU.shape[1], -1)).sum(2)
+    return logp_SU, logp_SU
 
 
-def exact_logp(logp_SJV: Tensor, hidden_SJ: Tensor, at_SR: Tensor, token_SR: Tensor) -> Tensor:
-    """Log-prob [S] of a low-confidence move: its tokens, and that these positions won.
+def exact_logp(logits_SJV, temperature: float, hidden_SJ, at_SR, token_SR, drawn_SJ):
+    """Log-prob [S] of a low-confidence move: its tokens, and that these positions won; and [S] of
+    its tokens alone.
 
     log pi = sum_revealed log p_i(x_i) + sum_losers log F_j(c_min): positions draw independently, so
-    each loser must have drawn something no surer than the least sure winner (ties go to the earlier
-    position). Differentiable almost everywhere: which tokens count for F is piecewise constant.
+    each loser must have drawn something no surer, at temperature 1, than the least sure winner
+    (ties go to the earlier position). What a loser did draw counts always: under another policy or
+    another precision it may be surer than the floor, and F_j would fall to nothing. Differentiable
+    almost everywhere: which tokens count for F is piecewise constant.
     """
-    sure_SR = pick(logp_SJV, at_SR).gather(-1, token_SR[..., None]).squeeze(-1)
-    floor_S1 = sure_SR.detach().amin(1, keepdim=True)
+    logp_SJV = torch.log_softmax(logits_SJV / temperature, dim=-1)
+    sure_SJV = torch.log_softmax(logits_SJV.detach(), dim=-1)
+    logp_SR, sure_SR = (
+        pick(x_SJV, at_SR).gather(-1, token_SR[..., None]).squeeze(-1)
+        for x_SJV in (logp_SJV, sure_SJV)
+    )
+    floor_S1 = sure_SR.amin(1, keepdim=True)
     last_S1 = torch.where(sure_SR == floor_S1, at_SR, -1).amax(1, keepdim=True)
     position_J1 = torch.arange(logp_SJV.shape[1], device=at_SR.device)[:, None]
-    below_SJV = logp_SJV < floor_S1[..., None]
-    tie_SJV = (logp_SJV == floor_S1[..., None]) & (position_J1 > last_S1[..., None])
-    prob_SJ = torch.where(below_SJV | tie_SJV, logp_SJV.exp(), 0).sum(-1)
+    tie_SJV = (sure_SJV == floor_S1[..., None]) & (position_J1 > last_S1[..., None])
+    below_SJV = (sure_SJV < floor_S1[..., None]) | tie_SJV
+    below_SJV = below_SJV.scatter(-1, drawn_SJ[..., None], True)
     loser_SJ = hidden_SJ.scatter(1, at_SR, False)
-    # a policy that moved far may leave a loser no token to draw: the smallest number, not log 0
-    log_F_SJ = prob_SJ.clamp_min(torch.finfo(prob_SJ.dtype).tiny).log()
-    return sure_SR.sum(1) + torch.where(loser_SJ, log_F_SJ, 0).sum(1)
+    below_SJV = below_SJV | ~loser_SJ[..., None]  # F is 1 where nobody lost: no gradient of log 0
+    log_F_SJ = torch.where(below_SJV, logp_SJV, -math.inf).logsumexp(-1)
+    token_S = logp_SR.sum(1)
+    return token_S + torch.where(loser_SJ, log_F_SJ, 0).sum(1), token_S
 
 
 @torch.no_grad()
 def greedy_guess(policy: nn.Module, h_SCD: Tensor, state_SC: Tensor) -> Tensor:
     """The one-step completion [S, C]: the most probable token wherever the state is hidden."""
-    hidden_SC, parts = state_SC == policy.config.mask_id, []
-    h_QD = h_SCD[hidden_SC]
-    for some in slabs(h_QD, policy.never_V):
-        logits_QV = policy.head(h_QD[some]).masked_fill(policy.never_V, -math.inf)
-        parts.append(logits_QV.argmax(-1))
-    return state_SC.masked_scatter(hidden_SC, torch.cat(parts)) if parts else state_SC
+    hidden_SC = state_SC == policy.config.mask_id
+    return state_SC.masked_scatter(hidden_SC, most_probable(policy, h_SCD[hidden_SC]))
 
 
 def completion_features(policy: nn.Module, mb: Moves) -> Tensor:
@@ -602,7 +605,7 @@ def evaluate(
     last batch is filled up with repeats that do not count, so that the shapes are the rollout's and
     every rank decodes as many batches.
     """
-    policy, ranks, end, n = run.policy, run.ranks, run.policy.config.eos_id, max(1, samples)
+    policy, ranks, n = run.policy, run.ranks, max(1, samples)
     mine, tally = problems[ranks.rank :: ranks.world], Tally()
     size = max(1, cfg.B * cfg.G // n)
     began = time.monotonic()
@@ -611,52 +614,48 @@ def evaluate(
         chunk = mine[first : first + size]
         filled = itertools.islice(itertools.cycle(chunk or problems), size)
         asked = [problem for problem in filled for _ in range(n)]
-        u_NT2J = None
-        if samples:
-            numbers = (ranks.rank + ranks.world * i for i in range(first, first + size))
-            rows = [number * n + i for number in numbers for i in range(n)]
-            u_NT2J = uniform((cfg.T, 2, cfg.block), rows, cfg.seed, "evaluate")
-            u_NT2J = u_NT2J.to(ranks.device)
-        roll = rollout(policy, *run.prompts(asked), cfg, u_NT2J)
+        numbers = (ranks.rank + ranks.world * i for i in range(first, first + size))
+        rows = [number * n + i for number in numbers for i in range(n)]
+        u_NT2J = uniform((cfg.T, 2, cfg.block), rows, cfg.seed, "evaluate").to(ranks.device)
+        roll = rollout(policy, *run.prompts(asked), cfg, u_NT2J, greedy=not samples)
         real = slice(len(chunk) * n)
-        answers = texts(roll.token_NC, run.tokenizer, end)
+        answers = texts(roll.token_NC, run.tokenizer, policy.ends)
         rewards = run.judge(answers[real], asked[real]).result()
         for reward in rewards:
             tally.add("accuracy", float(reward.correct))
             tally.add("reward", float(reward))
             for name, value in reward.parts.items():
                 tally.add(f"reward/{name}", value)
-        for i in range(0, len(rewards), n) if samples else ():
-            wrong = sum(not reward.correct for reward in rewards[i : i + n])
-            for k in sorted({k for k in (1, 2, 5, 10, 20, 50, 100, n) if k <= n}):
-                tally.add(f"pass@{k}", 1 - math.comb(wrong, k) / math.comb(n, k))
-        tally.add("tokens", roll.lengths(end)[real])
+        if samples:
+            running.pass_at(tally, rewards, n)
+        if run.reference and cfg.beta > 0:
+            tally.add("kl/uniform", kl_of_a_step(run, roll, rows, cfg)[real])
+        tally.add("tokens", roll.lengths(policy.ends)[real])
         tally.add("forwards", torch.full((len(chunk),), roll.forwards / len(asked)))
     m = tally.means(ranks.gather)
     seconds = time.monotonic() - began
-    lo, hi = wilson(m["accuracy"], len(problems))
+    lo, hi = running.wilson(m["accuracy"], len(problems))
     speed = m["tokens"] * len(problems) * n / seconds
     return {**m, "lo": lo, "hi": hi, "n": len(problems), "seconds": seconds, "tok_s": speed}
 
 
-def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % score interval of a share `p` of `n` (Wilson 1927)."""
-    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
-
-
-def evaluate_only(run: Run, mode: Mode) -> None:
-    """The test split, once for each length: a table on the terminal, its numbers in a file in --out
-    (by default beside the weights)."""
-    cfg, results = run.cfg, []
-    running.introduce_evaluation(run, mode.samples)
-    for length in mode.lengths or (cfg.C,):
-        shape = dict(C=length, T=length // 2, block=min(cfg.block, length)) if mode.lengths else {}
-        at_length = replace(cfg, **shape, K=1)
-        m = evaluate(run, run.test_set, at_length, mode.samples)
-        running.say_evaluation(at_length, m)
-        results.append({"task": cfg.task, "split": "test", "length": length, "T": at_length.T, **m})
-    running.write_evaluation(run, mode.samples, results)
+@torch.no_grad()
+def kl_of_a_step(run: Run, roll: Rollout, rows: list[int], cfg: Config) -> Tensor:
+    """KL(policy, reference) in nats a token [N], of the tokens revealed at one live step of each
+    row, drawn uniformly: comparable whatever a run selects."""
+    live_N = (roll.entropy_NT > -math.inf).sum(1)
+    u_N = uniform((), rows, cfg.seed, "kl").to(live_N.device)
+    moves, parts = gather_moves(roll, (u_N * live_N).long()[:, None], run.policy.config.mask_id), []
+    for mb in micro_batches(moves, cfg.micro):
+        logps = []
+        for held in (contextlib.nullcontext(run.policy), run.reference()):
+            with held as net:
+                logits_SRV = logits_at(net, pick(completion_features(net, mb), mb.at_SR))
+                logps.append(torch.log_softmax(logits_SRV / cfg.temperature, dim=-1))
+        logp_SRV, ref_SRV = logps
+        away_SRV = torch.where(run.policy.never_V, 0, logp_SRV - ref_SRV)
+        parts.append((logp_SRV.exp() * away_SRV).sum(-1).mean(1))
+    return torch.cat(parts)[: len(live_N)]
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -684,7 +683,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     if mode.eval_only:
-        evaluate_only(run, mode)
+        running.evaluate_only(run, mode, evaluate)
     else:
         with running.closing(run):
             train(run, start)

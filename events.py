@@ -24,7 +24,8 @@ Every event begins with `e`, its kind, `q`, its number in the file, and `ts`, un
   step     it; m, the metrics; ent, the mean entropy of each denoising step; sel, by how many rows
            each was selected; n rows of this rank
   eval     it = step, the updates made; split; n problems; m: accuracy with its 95 % interval lo to
-           hi, reward and its parts, tokens, forwards, seconds, tok_s
+           hi, reward and its parts, tokens, forwards, seconds, tok_s; in training also kl/uniform,
+           the KL to the reference in nats a token, at steps drawn uniformly
   ckpt     it, path: a checkpoint is complete on disk
   alert    it, level, msg
   hb       pid: still alive, where nothing was written for 15 s
@@ -36,7 +37,9 @@ reward/mean, reward/std and reward/PART; correct; loss, kl (k3 over the selected
 clip_lo, clip_frac, ratio/mean, ratio/max, adv/abs, zero_adv_frac (groups without any gradient),
 grad_norm, lr; entropy/mean, entropy/sel (of the selected steps); len/mean, len/max, trunc_frac
 (rows without an end token); cache/weight, cache/kl; seconds t/PHASE and t/total, eta_s, tok_s;
-mem/peak_gb. Another one is a `tally.add` in the trainer: readers take whatever they find.
+mem/peak_gb; and what the run took so far on all ranks: compute/samples, compute/updates,
+compute/forwards (passes of a row through the network; a backward counts as two) and
+compute/tflop. Another one is a `tally.add` in the trainer: readers take whatever they find.
 
 After `meta` with resume k, a reader forgets the steps, samples and groups from k on. What it does
 not know, kinds and fields, it ignores; a line that it cannot use, it counts.
@@ -92,6 +95,7 @@ class EventLog:
         self.file, self.fd = Path(out) / "events.jsonl", None
         self.q = self.it = self.lost = 0
         self.torn = False
+        self.compute: dict[str, float] = {}  # since the run began
         self.wrote = self.shown = time.monotonic()
         self.seconds: dict[str, float] = {}
         self.pace: list[float] = []
@@ -138,12 +142,13 @@ class EventLog:
             if time.monotonic() - self.wrote >= 15:
                 self.write("hb", pid=os.getpid())
 
-    def begin(self, cfg, name: str, ranks, tokenizer, end: int, resume: int | None) -> None:
+    def begin(self, cfg, name: str, ranks, tokenizer, ends, resume: int | None) -> None:
         """Say what the run is: the first event, and again whenever it is resumed.
 
-        cfg: a config.Config; name: of the model; ranks: run.Ranks; end: the id of the end token.
+        cfg: a config.Config; name: of the model; ranks: run.Ranks; ends: the ids that end a
+        turn.
         """
-        self.cfg, self.ranks, self.tokenizer, self.end_id = cfg, ranks, tokenizer, end
+        self.cfg, self.ranks, self.tokenizer, self.ends = cfg, ranks, tokenizer, ends
         host, boot = this_machine()
         self.write(
             "meta",
@@ -208,24 +213,24 @@ class EventLog:
         tally: a run.Tally. Of this rank's N rows: problems, answers (texts) and rewards
         (data.Reward); roll, an egspo.Rollout; moves, the egspo.Moves that were learnt.
         """
-        length_N, entropy_NT = roll.lengths(self.end_id), roll.entropy_NT
+        length_N, entropy_NT = roll.lengths(self.ends), roll.entropy_NT
         t_NK = None if moves.t_S is None else moves.t_S.view(len(rewards), -1)
         values = [float(reward) for reward in rewards]
         tally.add("reward/mean", values)
         tally.add("reward/square", [value**2 for value in values])
         tally.add("correct", [float(reward.correct) for reward in rewards])
-        for name in rewards[0].parts:
-            tally.add(f"reward/{name}", [reward.parts[name] for reward in rewards])
+        for name in dict.fromkeys(name for reward in rewards for name in reward.parts):
+            said = [reward.parts[name] for reward in rewards if name in reward.parts]
+            tally.add(f"reward/{name}", said)
         tally.add("entropy/mean", entropy_NT, entropy_NT > -math.inf)
         if t_NK is not None:
             tally.add("entropy/sel", entropy_NT.gather(1, t_NK), moves.live_SU.view(t_NK.shape))
         tally.add("adv/abs", moves.adv_SU.abs(), moves.live_SU)
-        if moves.weight_SU is not None:
-            tally.add("cache/weight", moves.weight_SU, moves.live_SU)
-            tally.add("cache/kl", moves.drawn_SU - moves.old_SU, moves.live_SU)
+        if moves.cache_SU is not None:
+            tally.add("cache/weight", moves.cache_SU, moves.live_SU)
+            tally.add("cache/kl", moves.rollout_SU - moves.old_SU, moves.live_SU)
         idle_B = (moves.adv_SU.reshape(len(rewards) // self.cfg.G, -1).abs() < 1e-6).all(1)
         tally.add("zero_adv_frac", idle_B.float())
-        tally.peak("ratio/max", moves.ratio_SU.masked_fill(~moves.live_SU, 0))
         tally.add("len/mean", length_N)
         tally.peak("len/max", length_N)
         tally.add("trunc_frac", (length_N == self.cfg.C).float())
@@ -242,6 +247,12 @@ class EventLog:
         m["reward/std"] = math.sqrt(max(0.0, m.pop("reward/square") - m["reward/mean"] ** 2))
         m["clip_frac"] = m["clip_hi"] + m["clip_lo"]
         m["tok_s"] = m["len/mean"] * N * self.ranks.world / self.seconds["rollout"]
+        self.compute = {
+            name: value + self.compute.get(name, 0)
+            for name, value in m.items()
+            if name.startswith("compute/")
+        }
+        m.update(self.compute)
         m.update({f"t/{name}": self.seconds[name] for name in PHASES})
         m.update({"t/total": total, "eta_s": left})
         selected = []
@@ -249,9 +260,10 @@ class EventLog:
             live_NK = entropy_NT.gather(1, t_NK) > -math.inf
             selected = t_NK[live_NK].bincount(minlength=cfg.T).tolist()
         self.write("step", it=step, m=m, ent=mean_by_step(entropy_NT), sel=selected, n=N)
+        kl = f"  kl {m['kl']:.4f}" if "kl" in m else ""
         say(
             f"step {step + 1:>4}/{cfg.steps}  reward {m['reward/mean']:.3f}"
-            f"  correct {m['correct']:.3f}  entropy {m['entropy/mean']:.2f}  kl {m['kl']:.4f}"
+            f"  correct {m['correct']:.3f}  entropy {m['entropy/mean']:.2f}{kl}"
             f"  clip {m['clip_frac']:.3f}  {total:.1f} s  eta {left / 60:.1f} min"
         )
 

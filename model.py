@@ -93,6 +93,7 @@ def parse_config(raw: dict, source: str = "config") -> Architecture:
             raise ValueError(f"{source}: {key} {raw[key]!r} is not supported, only {value!r}")
     try:
         eos_id, pad_id = raw["eos_token_id"], raw.get("pad_token_id")
+        eos_id = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
         pad_id = eos_id if pad_id is None else pad_id
         c = Architecture(
             **families[family](raw), family=family, eos_id=eos_id, pad_id=pad_id, raw=raw
@@ -264,6 +265,7 @@ class Transformer(nn.Module):
         self.checkpointing = False  # recompute each block in backward: less memory, same values
         self.bf16 = False  # compute the blocks in bf16 (autocast), whatever the weights' dtype
         self.register_buffer("never_V", None, persistent=False)  # ids that are never to be emitted
+        self.register_buffer("ends", None, persistent=False)  # ids that end a turn
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps, config.bias_norm)
@@ -348,7 +350,7 @@ def from_config(
     check_quantize(quantize, device)
     net = skeleton(parsed, dtype).to_empty(device=device)
     initialise(net)
-    net.never_V = never_emitted(parsed, device)
+    net.never_V, net.ends = never_emitted(parsed, device), torch.tensor([parsed.eos_id]).to(device)
     for block in net.blocks if quantize != "none" else ():
         for name, linear in linears(block):
             setattr(block, name, quantized(linear, linear.weight.data.cpu(), device))
@@ -384,18 +386,99 @@ def never_emitted(c: Architecture, device: str | torch.device) -> Tensor:
     return never_V
 
 
+def size(p: Tensor) -> int:
+    """Numbers in a weight; a 4-bit one holds two in a byte."""
+    return math.prod(p.quant_state.shape) if hasattr(p, "quant_state") else p.numel()
+
+
 def count(net: Transformer) -> tuple[int, int]:
-    """Parameters in all, and of these trained. A 4-bit weight holds two in a byte."""
-    sizes = [
-        (math.prod(p.quant_state.shape) if hasattr(p, "quant_state") else p.numel(), p)
-        for p in net.parameters()
-    ]
-    return sum(n for n, _ in sizes), sum(n for n, p in sizes if p.requires_grad)
+    """Parameters in all, and of these trained."""
+    parameters = list(net.parameters())
+    return sum(map(size, parameters)), sum(size(p) for p in parameters if p.requires_grad)
 
 
 def linears(block: Block) -> list[tuple[str, nn.Module]]:
     """The seven linear maps of a block: what LoRA adapts and quantisation shrinks."""
     return [(name, getattr(block, name)) for name in ("q", "k", "v", "out", "gate", "up", "down")]
+
+
+# ---- drawing tokens ------------------------------------------------------------------------------
+# Q positions in all, M hidden ones of a row, X or W numbers to choose from.
+
+
+def logits_at(net: Transformer, h: Tensor) -> Tensor:
+    """Logits of features [..., D], those of ids never emitted -inf."""
+    return net.head(h).masked_fill(net.never_V, -math.inf)
+
+
+def most_probable(net: Transformer, h_QD: Tensor) -> Tensor:
+    """The most probable token at each position [Q]."""
+    parts = [logits_at(net, h_QD[some]).argmax(-1) for some in slabs(h_QD, net.never_V)]
+    return torch.cat(parts) if parts else h_QD.new_empty(0, dtype=torch.long)
+
+
+def draw(net: Transformer, h_NMD: Tensor, u_NM: Tensor | None, temperature: float):
+    """A token for every position; its log-prob; how sure the policy is of it, which is the same at
+    temperature 1; and the entropy (nats) of what it was drawn from: four [N, M].
+
+    Sampling inverts the distribution function at `u`: one random number a position whatever the
+    vocabulary, and the tail is sampled. Without `u`, the most probable token.
+    """
+    h_QD, parts = h_NMD.flatten(0, 1), []
+    for some in slabs(h_QD, net.never_V):
+        logits_QV = logits_at(net, h_QD[some])
+        logp_QV = torch.log_softmax(logits_QV / temperature, dim=-1)
+        prob_QV = logp_QV.exp()
+        token_Q = logp_QV.argmax(-1) if u_NM is None else sample(prob_QV, u_NM.flatten()[some])
+        logp_Q, logit_Q = (
+            x_QV.gather(1, token_Q[:, None]).squeeze(1) for x_QV in (logp_QV, logits_QV)
+        )
+        sure_Q = logp_Q if temperature == 1 else logit_Q - logits_QV.logsumexp(1)
+        parts.append((token_Q, logp_Q, sure_Q, torch.special.entr(prob_QV).sum(1)))
+    return [torch.cat(part).view(h_NMD.shape[:2]) for part in zip(*parts)]
+
+
+def sample(prob_QV: Tensor, u_Q: Tensor, W: int = 512) -> Tensor:
+    """The token [Q] at `u` of the distribution function: first which W tokens, then which of them.
+
+    So that float64, which the tail needs, is paid for W numbers and not for the vocabulary.
+    """
+    prob_QXW = F.pad(prob_QV, (0, -prob_QV.shape[1] % W)).unflatten(1, (-1, W))
+    part_Q, rest_Q = invert(prob_QXW.sum(2), u_Q)
+    prob_QW = prob_QXW.gather(1, part_Q[:, None, None].expand(-1, 1, W)).squeeze(1)
+    token_Q = part_Q * W + invert(prob_QW, rest_Q)[0]
+    return token_Q.clamp(max=prob_QV.shape[1] - 1)  # where nan compares with nothing
+
+
+def invert(prob_QX: Tensor, u_Q: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the running sum passes the share `u` of the total, and which share of the number there
+    comes before that spot: two [Q]."""
+    cdf_QX = prob_QX.double().cumsum(1)
+    spot_Q1 = u_Q[:, None] * cdf_QX[:, -1:]
+    at_Q1 = torch.searchsorted(cdf_QX, spot_Q1, right=True)
+    at_Q1 = at_Q1.clamp(max=cdf_QX.shape[1] - 1)
+    rest_Q1 = 1 - (cdf_QX.gather(1, at_Q1) - spot_Q1) / prob_QX.gather(1, at_Q1)
+    return at_Q1.squeeze(1), rest_Q1.squeeze(1).clamp(min=0)
+
+
+def slabs(h_QD: Tensor, never_V: Tensor) -> list[slice]:
+    """Cut positions so that their logits stay small: memory without a knob.
+
+    64 MiB a slab; 16 on a CPU, where malloc maps anything larger from the system each time.
+    """
+    most = 2**22 if never_V.device.type == "cpu" else 2**24
+    size = max(1, most // len(never_V))
+    return [slice(i, i + size) for i in range(0, len(h_QD), size)]
+
+
+def places(where_NC: Tensor, count: int) -> Tensor:
+    """The first `count` positions at which it is True [N, count], in order."""
+    return where_NC.float().sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+
+def pick(x_SJD: Tensor, at_SR: Tensor) -> Tensor:
+    """The vectors at these positions: [S, R, D]."""
+    return x_SJD.gather(1, at_SR[..., None].expand(-1, -1, x_SJD.shape[-1]))
 
 
 # ---- names and files -----------------------------------------------------------------------------
@@ -554,7 +637,7 @@ def load(
                 else:  # copied: on the CPU, what was read is a view of the mapped file
                     tensor = tensor.to(device, dtype, copy=True)
                     setattr(owner, leaf, nn.Parameter(tensor))
-    net.never_V = never_emitted(config, device)
+    net.never_V, net.ends = never_emitted(config, device), torch.tensor([config.eos_id]).to(device)
     if folder != Path(path) and folder.parent.name == "snapshots":
         # the hub's cache names a snapshot by its commit
         net.origin = str(path).partition("@")[0], folder.name
@@ -601,11 +684,15 @@ def load_tokenizer(path: str | Path):
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def chat_ids(prompts: Iterable[str], tokenizer) -> list[list[int]]:
-    """Token ids of each prompt in the model's own chat template, ready to be completed."""
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+def chat_ids(
+    prompts: Iterable[str], tokenizer, system: str = "", answer: str = ""
+) -> list[list[int]]:
+    """Token ids of each prompt in the model's own chat template, ready to be completed; after a
+    system message, and with the beginning of the answer, where there are any."""
+    first = [{"role": "system", "content": system}] if system else []
+    chats = [[*first, {"role": "user", "content": prompt}] for prompt in prompts]
     texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return tokenizer([text + answer for text in texts], add_special_tokens=False)["input_ids"]
 
 
 def left_pad(rows: list[list[int]], P: int, pad: int) -> tuple[Tensor, Tensor]:
@@ -620,9 +707,26 @@ def with_completion(real_BP: Tensor, C: int) -> Tensor:
     return torch.cat((real_BP, real_BP.new_ones(len(real_BP), C)), dim=1)
 
 
-def texts(token_NC: Tensor, tokenizer, end: int) -> list[str]:
+def end_ids(path: str | Path, config: Architecture, tokenizer, known: Iterable[str]) -> list[int]:
+    """Every id that ends a turn: by config.json, by generation_config.json, by the tokenizer, and
+    the `known` tokens that it has."""
+    file = find_folder(path) / "generation_config.json"
+    said = [config.raw.get("eos_token_id"), tokenizer.eos_token_id]
+    said.append(read_json(file).get("eos_token_id") if file.is_file() else None)
+    ids = {config.eos_id}
+    for some in said:
+        ids.update(some if isinstance(some, list) else [] if some is None else [some])
+    special = tokenizer.get_added_vocab()
+    return sorted(ids | {special[token] for token in known if token in special})
+
+
+def texts(token_NC: Tensor, tokenizer, ends: Tensor) -> list[str]:
     """Each completion as text, cut at its first end token."""
-    cut = [row[: row.index(end)] if end in row else row for row in token_NC.tolist()]
+    stops = set(ends.tolist())
+    cut = [
+        list(itertools.takewhile(lambda token: token not in stops, row))
+        for row in token_NC.tolist()
+    ]
     return tokenizer.batch_decode(cut, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
@@ -683,17 +787,18 @@ class LoRA(nn.Module):
     def __init__(self, base: nn.Linear, r: int, alpha: float):
         super().__init__()
         self.base, self.r, self.alpha, self.on = base, r, alpha, True
+        self.start: tuple[Tensor, Tensor] | None = None  # A and B as they were, for `as_reference`
         like = dict(device=base.weight.device, dtype=torch.float32)
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if not self.on:
+        y, pair = self.base(x), (self.lora_A, self.lora_B) if self.on else self.start
+        if pair is None:
             return y
-        low = F.linear(x, self.lora_A.to(x.dtype)) * (self.alpha / self.r)
-        return y + F.linear(low, self.lora_B.to(x.dtype))
+        low = F.linear(x, pair[0].to(x.dtype)) * (self.alpha / self.r)
+        return y + F.linear(low, pair[1].to(x.dtype))
 
 
 def adapters(net: Transformer) -> dict[str, LoRA]:
@@ -711,9 +816,19 @@ def add_lora(net: Transformer, r: int, alpha: float) -> None:
             setattr(block, name, LoRA(linear, r, alpha))
 
 
+def keep_start(net: Transformer, folder: str | Path) -> None:
+    """Let `as_reference` go back to the adapter of this folder, which the network started with."""
+    with opened(Path(folder) / "adapter_model.safetensors") as tensors:
+        for name, lora in adapters(net).items():
+            place = f"{PREFIX}{published(name, net.config.family)}"
+            pair = (tensors.get_tensor(f"{place}.lora_{kind}.weight") for kind in "AB")
+            lora.start = tuple(weight.to(lora.lora_A) for weight in pair)
+
+
 @contextmanager
 def as_reference(net: Transformer) -> Iterator[Transformer]:
-    """Yields the network as its base: inside, adapters are skipped, not multiplied by zero.
+    """Yields the network as it started: inside, adapters are as `keep_start` found them, or else
+    skipped, not multiplied by zero.
 
     A plain attribute, on which torch.compile guards: it keeps one graph with and one without, and
     switching between them compiles nothing. (A 0-d tensor in one graph would still pay for the

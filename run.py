@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 
 import data
 import model
-from config import Config, bring_defaults, carry_on, model_name
+from config import Config, Mode, bring_defaults, carry_on, model_name
 from events import EventLog, compact, git_commit, say
 
 # ---- ranks ---------------------------------------------------------------------------------------
@@ -96,7 +97,8 @@ def clip_gradients(parameters: list[nn.Parameter], cfg: Config, ranks: Ranks) ->
 
 
 class Tally:
-    """Means over everything a metric names: all rows, micro-batches, updates and ranks.
+    """Means over everything a metric names: all rows, micro-batches, updates and ranks. Also peaks
+    and totals.
 
     Sums stay tensors on the device until the one read in `means`.
     """
@@ -104,6 +106,7 @@ class Tally:
     def __init__(self):
         self.sums: dict[str, Tensor] = {}
         self.peaks: dict[str, Tensor] = {}
+        self.totals: dict[str, float] = {}
 
     def add(self, name: str, value: Tensor | Sequence | float, where: Tensor | None = None) -> None:
         value = torch.as_tensor(value, dtype=torch.float64)
@@ -111,19 +114,25 @@ class Tally:
         pair = torch.stack((torch.where(where, value, 0).sum(), where.sum().double()))
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
+    def total(self, name: str, value: float) -> None:
+        self.totals[name] = self.totals.get(name, 0) + value
+
     def peak(self, name: str, value: Tensor) -> None:
-        self.peaks[name] = value.max()
+        value = value.max()
+        self.peaks[name] = torch.maximum(self.peaks[name], value) if name in self.peaks else value
 
     def means(self, gather: Callable[[object], list]) -> dict[str, float]:
         """`gather` brings together what all ranks have (`Ranks.gather`)."""
         mine = {name: pair.tolist() for name, pair in self.sums.items()}
         peaks = {name: value.item() for name, value in self.peaks.items()}
-        means, parts = {}, gather((mine, peaks))
-        for name in dict.fromkeys(name for sums, _ in parts for name in sums):
-            pairs = [sums[name] for sums, _ in parts if name in sums]
+        means, parts = {}, gather((mine, peaks, self.totals))
+        for name in dict.fromkeys(name for sums, *_ in parts for name in sums):
+            pairs = [sums[name] for sums, *_ in parts if name in sums]
             means[name] = sum(total for total, _ in pairs) / max(1, sum(n for _, n in pairs))
         for name in peaks:
-            means[name] = max(part[name] for _, part in parts)
+            means[name] = max(part[name] for _, part, _ in parts)
+        for name in self.totals:
+            means[name] = sum(part[name] for *_, part in parts)
         if torch.cuda.is_available():
             means["mem/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return means
@@ -340,7 +349,7 @@ class Run:
 
     def prompts(self, problems: list[data.Problem]) -> tuple[Tensor, Tensor]:
         """Left-padded ids [B, P] on this rank's device, and where they are real."""
-        rows = model.chat_ids([problem.prompt for problem in problems], self.tokenizer)
+        rows = prompt_ids(self.cfg, problems, self.tokenizer)
         pair = model.left_pad(rows, self.cfg.P, self.policy.config.pad_id)
         return tuple(x.to(self.ranks.device) for x in pair)
 
@@ -348,9 +357,30 @@ class Run:
         """Has somebody signalled one of the ranks?"""
         return self.ranks.any(self.stop.number is not None)
 
+    def count(self, tally: Tally, roll, S: int) -> None:
+        """What a step took, of samples, updates, passes of a row through the network, and FLOPs."""
+        cfg, L = self.cfg, self.cfg.P + self.cfg.C
+        passes, flops = step_cost(cfg, self.policy, L, roll.forwards, S)
+        tally.total("compute/samples", len(roll.token_NC))
+        tally.total("compute/updates", cfg.repeats * cfg.parts / self.ranks.world)
+        tally.total("compute/forwards", sum(passes.values()))
+        tally.total("compute/tflop", sum(flops.values()) / 1e12)
+
     def judge(self, answers: list[str], problems: list[data.Problem]) -> Future:
         """Their rewards, in a thread of its own, so that the device need not wait for them."""
-        return self.background.submit(data.TASKS[self.cfg.task].rewards, answers, problems)
+        return self.background.submit(judged, self.cfg, answers, problems)
+
+
+def judged(cfg: Config, answers: list[str], problems: list[data.Problem]) -> list[data.Reward]:
+    """What is trained on: the reward of the answers with their given beginning, parts weighted."""
+    whole = [cfg.template.answer + answer for answer in answers]
+    rewards = data.TASKS[cfg.task].rewards(whole, problems)
+    return [reward.weighted(cfg.part_weights) for reward in rewards]
+
+
+def prompt_ids(cfg: Config, problems: list[data.Problem], tokenizer) -> list[list[int]]:
+    prompts, template = [problem.prompt for problem in problems], cfg.template
+    return model.chat_ids(prompts, tokenizer, template.system, template.answer)
 
 
 @contextlib.contextmanager
@@ -396,14 +426,16 @@ def load_run(cfg: Config, ranks: Ranks, resume: bool) -> tuple[Run, int]:
     if cfg.shard:  # before the reference is loaded: never two whole networks at a time
         shard(policy, bf16, ranks)
     reference = make_reference(cfg, policy, checkpoint, bf16, ranks)
-    optimizer = make_optimizer(policy, cfg)
-    start = restore(cfg, policy, optimizer, checkpoint, ranks) if checkpoint else 0
+    optimizer, start, compute = make_optimizer(policy, cfg), 0, {}
+    if checkpoint:
+        start, compute = restore(cfg, policy, optimizer, checkpoint, ranks)
     accelerate(policy, bf16, cfg.compile)
     log = log or EventLog(cfg.out, ranks.rank)
     if ranks.rank == 0:
         describe(cfg, out)
-    end = policy.config.eos_id
-    log.begin(cfg, model_name(cfg.model), ranks, tokenizer, end, start if resume else None)
+    name, ends = model_name(cfg.model), policy.ends
+    log.compute = compute
+    log.begin(cfg, name, ranks, tokenizer, ends, start if resume else None)
     introduce(cfg, policy, ranks, start)
     run = Run(
         cfg, policy, tokenizer, ranks, test_set, train_set, val_set, reference, optimizer, log,
@@ -426,7 +458,11 @@ def load_problems(cfg: Config, split: str, most: int = 0) -> list[data.Problem]:
     if task.runs_code:
         data.sandbox(cfg.unsafe_code)  # says now, before a model is loaded, what this machine lacks
     problems = task.load(split, cfg.data_dir or None, cfg.train_set or None, cfg.data or None)
-    return problems[: most or None]
+    parts = task.reward("", problems[0]).parts
+    if unknown := {*cfg.part_weights} - {*parts}:
+        known = f"a reward of {task.name} has {' and '.join(parts)}"
+        raise ValueError(f"--weights {cfg.weights}: no {' '.join(sorted(unknown))}; {known}")
+    return [cfg.template.asked(problem, task.asks) for problem in problems[: most or None]]
 
 
 def load_policy(cfg: Config, path: str, device: torch.device) -> tuple[model.Transformer, object]:
@@ -448,13 +484,16 @@ def load_policy(cfg: Config, path: str, device: torch.device) -> tuple[model.Tra
     tokenizer = model.load_tokenizer(path)
     net.never_V = net.never_V.to(device)  # with --shard the weights follow a block at a time
     net.never_V[len(tokenizer) :] = True
+    net.ends = torch.tensor(
+        model.end_ids(path, net.config, tokenizer, data.END_TOKENS), device=device
+    )
     return net, tokenizer
 
 
 def measured(cfg: Config, policy, problems: list[data.Problem], tokenizer) -> Config:
     """The settings with what only model and data can tell: the rank of an adapter that was loaded,
     and P, if it is 0, by the longest prompt. ValueError where a prompt would have to be cut."""
-    sizes = list(map(len, model.chat_ids([problem.prompt for problem in problems], tokenizer)))
+    sizes = list(map(len, prompt_ids(cfg, problems, tokenizer)))
     longer = sum(size > cfg.P for size in sizes)
     if cfg.P and longer:
         raise ValueError(
@@ -468,9 +507,11 @@ def measured(cfg: Config, policy, problems: list[data.Problem], tokenizer) -> Co
 def make_reference(
     cfg: Config, policy: model.Transformer, checkpoint: Path | None, bf16: bool, ranks: Ranks
 ) -> Callable:
-    """What the KL is measured to, as a function that returns a context manager: the network with
-    its adapters switched off, or a frozen copy of the one that the run started from."""
+    """What the KL is measured to, as a function that returns a context manager: the network that
+    the run started from, by its adapters as they were, or off if they are new, or a frozen copy."""
     if cfg.lora_r > 0:
+        if model.adapter_rank(cfg.model):
+            model.keep_start(policy, model.find_folder(cfg.model))
         return functools.partial(model.as_reference, policy)
     if checkpoint or cfg.shard:
         frozen, _ = load_policy(cfg, cfg.model, ranks.device)
@@ -524,6 +565,31 @@ def version(name: str) -> str:
         return "absent"
 
 
+# ---- between two steps ---------------------------------------------------------------------------
+
+
+def between_steps(run: Run, step: int, start: int, evaluate: Callable) -> None:
+    """With `step` steps done: save, stop if somebody asked for it, evaluate (`egspo.evaluate`)."""
+    cfg, last = run.cfg, step == run.cfg.steps
+    stopping = run.stopping()
+    if step > start and (step % cfg.save_every == 0 or last or stopping):
+        with run.log.phase(step, "save"):
+            save_checkpoint(run, step)
+    if stopping:
+        raise stopped(run)
+    splits = {}
+    if step % cfg.eval_every == 0 or last:
+        splits["val"] = run.val_set
+    if last and run.test_set:
+        splits["test"] = run.test_set
+    for split, problems in splits.items():
+        with run.log.phase(step, "eval"):
+            m = evaluate(run, problems, cfg)
+        run.log.eval(step, m, split)
+        if split == "val":
+            note_validation(run, step, m)
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
@@ -548,7 +614,8 @@ def save_checkpoint(run: Run, step: int) -> None:
         text = json.dumps(carry_on(cfg), indent=2)
         (temporary / "defaults.json").write_text(text + "\n")
         state = {} if cfg.shard else {"optimizer": run.optimizer.state_dict()}
-        torch.save({"step": step, **state}, temporary / "trainer.pt")
+        state |= {"step": step, "compute": run.log.compute}
+        torch.save(state, temporary / "trainer.pt")
         for file in (*temporary.iterdir(), temporary):
             sync(file)
         shutil.rmtree(final, ignore_errors=True)
@@ -563,8 +630,8 @@ def save_checkpoint(run: Run, step: int) -> None:
 
 def restore(
     cfg: Config, policy: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path, ranks: Ranks
-) -> int:
-    """The optimizer as it was, and the steps that were done."""
+) -> tuple[int, dict[str, float]]:
+    """The optimizer as it was; returns the steps that were done, and what they took."""
     state = torch.load(checkpoint / "trainer.pt", map_location=ranks.device, weights_only=True)
     if state["step"] > cfg.steps:
         raise ValueError(f"--steps {cfg.steps}: the run in {cfg.out} has done {state['step']}")
@@ -572,7 +639,7 @@ def restore(
         load_shards(policy, optimizer, checkpoint / "sharded")
     else:
         optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    return state["step"], state.get("compute", {})
 
 
 def save_shards(run: Run, folder: Path) -> dict[str, Tensor]:
@@ -646,6 +713,34 @@ def link(name: Path, target: str) -> None:
 EVALUATED = "length  steps  accuracy  [95 % interval]  reward  tokens  tokens/s  forwards  seconds"
 
 
+def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % score interval of a share `p` of `n` (Wilson 1927)."""
+    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+
+
+def evaluate_only(run: Run, mode: Mode, evaluate: Callable) -> None:
+    """The test split by `egspo.evaluate`, once for each length: a table on the terminal, and a file
+    in --out (by default beside the weights)."""
+    cfg, results = run.cfg, []
+    introduce_evaluation(run, mode.samples)
+    for length in mode.lengths or (cfg.C,):
+        shape = dict(C=length, T=length // 2, block=min(cfg.block, length)) if mode.lengths else {}
+        at_length = replace(cfg, **shape, K=1, minibatches=1)
+        m = evaluate(run, run.test_set, at_length, mode.samples)
+        say_evaluation(at_length, m)
+        results.append({"task": cfg.task, "split": "test", "length": length, "T": at_length.T, **m})
+    write_evaluation(run, mode.samples, results)
+
+
+def pass_at(tally: Tally, rewards: list[data.Reward], n: int) -> None:
+    """pass@k of each problem's n samples, which stand together, for some k (arXiv 2107.03374)."""
+    for i in range(0, len(rewards), n):
+        wrong = sum(not reward.correct for reward in rewards[i : i + n])
+        for k in sorted({k for k in (1, 2, 5, 10, 20, 50, 100, n) if k <= n}):
+            tally.add(f"pass@{k}", 1 - math.comb(wrong, k) / math.comb(n, k))
+
+
 def introduce_evaluation(run: Run, samples: int) -> None:
     cfg, validation = run.cfg, Path(run.cfg.model) / "validation.json"
     if validation.exists():
@@ -697,9 +792,30 @@ def merge(cfg: Config) -> int:
 
 def forward_flops(net: nn.Module, L: int, positions: int) -> float:
     """Of one row: each weight of a block times each token, attention, and the head where asked."""
-    c, weights = net.config, sum(w.numel() for w in net.blocks.parameters())
+    c, weights = net.config, sum(map(model.size, net.blocks.parameters()))
     attention = 4 * c.n_layers * c.d_model * L**2
     return 2 * weights * L + attention + 2 * positions * c.d_model * c.vocab_size
+
+
+def step_cost(
+    cfg: Config, net: nn.Module, L: int, forwards: float, S: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Passes of a row through the network and FLOPs of a step, by phase: `forwards` of the rollout,
+    S moves learnt. A backward pass counts as two passes, or as one where the weights are frozen."""
+    R, frozen = cfg.C // cfg.T, any(not p.requires_grad for p in net.parameters())
+    once, wide = forward_flops(net, L, R), forward_flops(net, L, R + cfg.C * cfg.stepwise)
+    old, ref = S * cfg.looks_back, S * (cfg.beta > 0)
+    learnt = cfg.repeats * S * ((2 if frozen else 3) + cfg.checkpointing)
+    if cfg.method == "diffu_grpo":
+        once = wide = forward_flops(net, L, cfg.C)
+    inner = L if cfg.cache == "none" else cfg.block + (L - cfg.block) * cfg.C // cfg.block / cfg.T
+    passes = {"rollout": forwards, "logp": old + ref, "update": learnt}
+    flops = {
+        "rollout": forwards * forward_flops(net, L, cfg.block) * inner / L,
+        "logp": old * wide + ref * once,
+        "update": learnt * once,
+    }
+    return passes, flops
 
 
 def plan(cfg: Config, bf16: bool, ranks: int = 1) -> tuple[dict[str, float], dict[str, float]]:
@@ -717,8 +833,7 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1) -> tuple[dict[str, float], dic
     )
     parameters, trained = model.count(net)
     other = parameters - maps - (trained if cfg.lora_r else 0)
-    P, R, S = cfg.P or 256, cfg.C // cfg.T, cfg.B * cfg.G * cfg.K
-    L, S = P + cfg.C, S if cfg.method == "egspo" else cfg.B * cfg.G
+    L, R = (cfg.P or 256) + cfg.C, cfg.C // cfg.T
     each = {"none": wide, "nf4": 0.516}[cfg.quantize]  # nf4: 4 bits and its scales
     saved = cfg.micro * L * (14 * c.d_model + 4 * d_ff) * wide  # what a block keeps for backward
     stream = cfg.micro * L * c.d_model * wide
@@ -736,13 +851,9 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1) -> tuple[dict[str, float], dic
         for part in ("weights", "reference", "gradients", "optimizer"):
             memory[part] /= ranks
         memory["bf16 copies"] /= c.n_layers
-    once = forward_flops(net, L, R)
-    backward = (2 if cfg.lora_r else 3) + cfg.checkpointing  # a frozen weight has no gradient
-    flops = {
-        "rollout": cfg.B * cfg.G * cfg.T * forward_flops(net, L, cfg.block),
-        "logp": S * (once + forward_flops(net, L, R + cfg.C)),
-        "update": cfg.mu * S * backward * once,
-    }
+    N = cfg.B * cfg.G
+    S = N * (cfg.K if cfg.method == "egspo" else cfg.mu)
+    _, flops = step_cost(cfg, net, L, N * cfg.T, S)
     return {"parameters": maps + other, "trained": trained, **memory}, flops
 
 

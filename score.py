@@ -26,7 +26,7 @@ from typing import Any
 import data
 from data import Problem, Reward, Row
 
-END = re.compile(r"<\|(?:eot_id|endoftext|im_end)\|>")
+END = re.compile("|".join(map(re.escape, data.END_TOKENS)))
 
 
 # ---- the published rules -------------------------------------------------------------------------

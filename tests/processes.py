@@ -29,7 +29,7 @@ REPO = Path(__file__).parents[1]
 LETTERS = REPO / "tests" / "letters.py"
 SMALL = (
     "--task letters --C 12 --T 6 --block 12 --B 2 --G 2 --K 2 --micro 4 --no-compile --lr 1e-2 "
-    "--eval-every 4 --save-every 2 --eval-n 4 --precision float32"
+    "--eval-every 4 --save-every 2 --eval-n 4 --precision float32 --minibatches 1"
 ).split()
 
 

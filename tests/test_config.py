@@ -40,10 +40,11 @@ def test_settings_are_constant():
 @pytest.mark.parametrize("width", [32, 4096])
 def test_a_model_without_defaults_takes_those_of_config_whatever_its_width(tmp_path, width):
     path = write(tmp_path, config={"model_type": "llada", "d_model": width})
-    assert config.of_model(path) == config.Config(model=path)
+    large = config.Config(model=path, **config.LARGE["sudoku"])
+    assert config.of_model(path) == large
     assert config.of_model(path, "math") == config.Config(model=path, task="math")
     cfg, _ = config.parse(["--model", path, "--out", "x"])
-    assert cfg == config.Config(model=path, out="x")
+    assert cfg == dataclasses.replace(large, out="x")
 
 
 def test_a_models_own_defaults_are_of_its_task_and_flags_come_before_them(tmp_path):
@@ -51,7 +52,7 @@ def test_a_models_own_defaults_are_of_its_task_and_flags_come_before_them(tmp_pa
         tmp_path,
         defaults={
             "task": "countdown",
-            "settings": {"lr": 0.5, "C": 64, "T": 64},
+            "settings": {"lr": 0.5, "C": 64, "T": 64, "prompt": "", "train_set": ""},
             "by_task": {"countdown": {"C": 32, "T": 8}, "math": {"B": 3}},
         },
     )

@@ -431,7 +431,7 @@ def test_training_never_sees_a_test_item_and_validation_is_a_fixed_part_of_train
     train, val, test = (mbpp.load(split, EXCERPTS, "mbpp") for split in SPLITS)
     numbers = [{int(problem.id.split("/")[1]) for problem in part} for part in (train, val, test)]
     assert numbers[0] | numbers[1] == {601, 602, 974} and not numbers[0] & numbers[1]
-    assert numbers[2] == {11, 12, 13, 510}  # of 10 to 13, 510, 511, 600 to 602 and 974
+    assert numbers[2] == {11, 12}  # of the sanitized set; 602 is not in its test split
     gsm8k = data.TASKS["gsm8k"]
     assert [len(gsm8k.load(split, EXCERPTS)) for split in SPLITS] == [9, 1, 10]
     assert gsm8k.load("val", EXCERPTS) == gsm8k.load("val", EXCERPTS)
@@ -439,6 +439,43 @@ def test_training_never_sees_a_test_item_and_validation_is_a_fixed_part_of_train
         assert len(data.TASKS[name].load("test", EXCERPTS)) == 10
     humaneval = data.TASKS["humaneval"].load("train", EXCERPTS, "mbpp")
     assert [p.prompt for p in humaneval] == [p.prompt for p in train]
+
+
+def test_a_row_of_the_sanitized_mbpp_has_other_names_and_imports_for_its_tests():
+    row = {
+        "source_file": "?", "task_id": 11, "prompt": "Write a function for the area of a circle.",
+        "code": "def area(r):\n    return 3.14159265 * r * r", "test_imports": ["import math"],
+        "test_list": ["assert math.isclose(area(2), 4 * math.pi, rel_tol=1e-6)"],
+    }  # fmt: skip
+    assert "area of a circle" in data.TASKS["mbpp"].problem(row).prompt
+    assert share("mbpp", row, fenced(row["code"])) == 1
+    assert share("mbpp", row, fenced("def area(r):\n    return 3 * r * r")) == 0
+
+
+def test_the_common_countdown_set_gives_three_numbers_that_no_other_split_asks(tmp_path):
+    rng, rows = random.Random(0), []
+    for _ in range(600):
+        rows.append({"target": rng.randint(10, 99), "nums": rng.sample(range(1, 100), 3)})
+        rows.append({"target": 50, "nums": rng.sample(range(1, 100), 4)})
+    rows += [row | {"nums": row["nums"][::-1]} for row in rows[::2]]  # the same in another order
+    rows.append({"target": 23, "nums": [93, 30, 100]})  # which the test asks
+    (tmp_path / "countdown_train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    test = Path(EXCERPTS, "countdown_test.jsonl").read_bytes()
+    (tmp_path / "countdown_test.jsonl").write_bytes(test)
+    task, seen, orders = data.TASKS["countdown"], {}, {}
+    for split in SPLITS:
+        problems = task.load(split, str(tmp_path), "published")
+        orders[split] = len(problems)
+        for problem in problems:
+            numbers, target = problem.answer["numbers"], problem.answer["target"]
+            assert len(numbers) == 3 and f"Target: {target}" in problem.prompt
+            assert seen.setdefault((*sorted(numbers), target), split) == split
+    assert orders == {"train": 2 * 540, "val": 60, "test": 10}
+    assert task.load("val", str(tmp_path)) != task.load("val", str(tmp_path), "published")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "countdown_train.jsonl").write_text('{"target": 5, "nums": "1 2 3"}\n')
+    with pytest.raises(ValueError, match="countdown_train.jsonl, line 1: numbers are '1 2 3'"):
+        task.load("train", str(tmp_path / "bad"), "published")
 
 
 def test_the_common_puzzle_files_are_the_test_split_where_they_are():

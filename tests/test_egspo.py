@@ -26,7 +26,8 @@ def folder(tmp_path_factory) -> Path:
 
 def settings(**changes) -> config.Config:
     base = dict(
-        C=12, T=6, block=4, K=3, G=2, B=3, micro=4, compile=False, precision="float32", lora_r=0,
+        C=12, T=6, block=4, K=3, G=2, B=3, micro=4, minibatches=1, compile=False,
+        precision="float32", lora_r=0,
     )  # fmt: skip
     return config.Config(**(base | changes))
 
@@ -99,7 +100,7 @@ def test_sampling_follows_the_policy_and_its_tail(policy):
             return logits_V.expand(*h.shape[:-1], 5)
 
     u_NJ = ((torch.arange(100_000) + 0.5) / 100_000).reshape(1000, 100)  # evenly spread
-    token_NJ, sure_NJ, entropy_NJ = egspo.draw(
+    token_NJ, logp_NJ, sure_NJ, entropy_NJ = model.draw(
         Fixed(), torch.zeros(1000, 100, 1), u_NJ.double(), 0.5
     )
     p_V = torch.softmax((logits_V / 0.5)[[0, 1, 3, 4]], 0)
@@ -107,9 +108,12 @@ def test_sampling_follows_the_policy_and_its_tail(policy):
     assert torch.allclose(share_V.double(), p_V, atol=2e-5)
     assert (token_NJ != 2).all()
     assert torch.allclose(entropy_NJ, -(p_V * p_V.log()).sum().expand_as(entropy_NJ))
+    for value_NJ, heat in ((logp_NJ, 0.5), (sure_NJ, 1.0)):
+        logp_V = torch.log_softmax(torch.where(Fixed.never_V, -math.inf, logits_V) / heat, 0)
+        assert torch.allclose(value_NJ, logp_V[token_NJ])
     last = torch.nextafter(torch.ones(1, 1).double(), torch.zeros(1, 1).double())
-    token, sure, _ = egspo.draw(Fixed(), torch.zeros(1, 1, 1), last, 0.5)
-    assert token.item() == 4 and sure.item() < -33  # p = 2e-15 is reachable: float32 is too coarse
+    token, logp, _, _ = model.draw(Fixed(), torch.zeros(1, 1, 1), last, 0.5)
+    assert token.item() == 4 and logp.item() < -33  # p = 2e-15 is reachable: float32 is too coarse
 
 
 def test_a_large_vocabulary_is_sampled_like_a_small_one_and_nan_draws_a_token():
@@ -123,13 +127,13 @@ def test_a_large_vocabulary_is_sampled_like_a_small_one_and_nan_draws_a_token():
             return h
 
     share = 1 - torch.logspace(-20, 0, 200, dtype=torch.float64)[:, None]
-    token_M1, _, _ = egspo.draw(Plain(), logits_MV[:, None], share, 1.0)
+    token_M1, _, _, _ = model.draw(Plain(), logits_MV[:, None], share, 1.0)
     cdf_MV = logits_MV.softmax(1).cumsum(1)
     want_M = (cdf_MV <= share * cdf_MV[:, -1:]).sum(1).clamp(max=1299)
     near_M1 = cdf_MV.gather(1, token_M1) - share * cdf_MV[:, -1:]  # 0 or a rounding from it
     assert ((token_M1[:, 0] == want_M) | (near_M1[:, 0].abs() < 1e-15)).all()
     assert (token_M1 > 600).sum() > 10 and (token_M1 < 600).sum() > 10
-    token_M1, _, entropy_M1 = egspo.draw(Plain(), logits_MV[:, None] * math.nan, share, 1.0)
+    token_M1, _, _, entropy_M1 = model.draw(Plain(), logits_MV[:, None] * math.nan, share, 1.0)
     assert (token_M1 < 1300).all() and entropy_M1.isnan().all()  # the run stops at the entropy
 
 
@@ -142,7 +146,7 @@ def test_compiled_blocks_give_the_same_scores_as_eager_ones():
     prompts = model.left_pad(chat_ids(problems, tokenizer), P, net.config.pad_id)
     u_NT2J = run.uniform((cfg.T, 2, cfg.block), range(len(problems)), 0)
     roll = egspo.rollout(net, *prompts, cfg, u_NT2J)
-    moves = egspo.choose_moves(roll, cfg, net.config.mask_id, 0, range(len(problems)))
+    moves = egspo.choose_moves(roll, cfg, net, 0, range(len(problems)))
     scores = []
     for compiled in (False, True):
         run.accelerate(net, bf16=True, compiled=compiled)
@@ -155,7 +159,7 @@ def test_compiled_blocks_give_the_same_scores_as_eager_ones():
 
 def test_slabs_cover_every_position_once():
     never_V, h_MD = torch.zeros(2**21, dtype=torch.bool), torch.zeros(11, 1)
-    some = egspo.slabs(h_MD, never_V)
+    some = model.slabs(h_MD, never_V)
     assert [i for part in some for i in range(11)[part]] == list(range(11))
     assert len(some) == 6
 
@@ -174,7 +178,7 @@ def test_a_row_does_not_depend_on_its_batch_mates_nor_on_padding(policy):
             )  # fmt: skip
             assert torch.equal(alone.token_NC[0], roll.token_NC[row])
             assert torch.equal(alone.when_NC[0], roll.when_NC[row])
-            assert torch.allclose(alone.sure_NC[0], roll.sure_NC[row], atol=1e-4)
+            assert torch.allclose(alone.logp_NC[0], roll.logp_NC[row], atol=1e-4)
 
 
 def test_noise_belongs_to_the_row_and_not_to_the_rank(policy):
@@ -187,10 +191,10 @@ def test_noise_belongs_to_the_row_and_not_to_the_rank(policy):
 def test_large_vocabularies_are_cut_into_slabs_without_a_trace(policy, monkeypatch):
     cfg = settings()
     whole = act(policy, cfg)
-    monkeypatch.setattr(egspo, "slabs", lambda h_MD, _: [slice(i, i + 1) for i in range(len(h_MD))])
+    monkeypatch.setattr(model, "slabs", lambda h_MD, _: [slice(i, i + 1) for i in range(len(h_MD))])
     sliced = act(policy, cfg)
     assert torch.equal(whole.token_NC, sliced.token_NC)
-    assert len(egspo.slabs(torch.zeros(3, 1), None)) == 3  # the patched one: one by one
+    assert len(model.slabs(torch.zeros(3, 1), None)) == 3  # the patched one: one by one
 
 
 def test_a_cached_rollout_starts_every_block_exactly_and_its_moves_are_weighed(policy):
@@ -198,7 +202,7 @@ def test_a_cached_rollout_starts_every_block_exactly_and_its_moves_are_weighed(p
     plain, near = act(policy, exact), act(policy, cached)
     first_NC = plain.when_NC == 0  # nothing is old yet
     assert torch.equal(first_NC, near.when_NC == 0)
-    assert torch.equal(plain.sure_NC[first_NC], near.sure_NC[first_NC])
+    assert torch.equal(plain.logp_NC[first_NC], near.logp_NC[first_NC])
     for roll, cfg in ((plain, exact), (near, cached)):
         t_NK = egspo.select_steps(roll.entropy_NT, cfg.T, "all")
         moves = egspo.gather_moves(roll, t_NK, 257)
@@ -208,7 +212,7 @@ def test_a_cached_rollout_starts_every_block_exactly_and_its_moves_are_weighed(p
         assert torch.allclose(weight_S[starts_S], torch.ones(()), atol=1e-4)
         for S in (~starts_S & live_S).nonzero().flatten().tolist():
             row, t = divmod(S, cfg.T)
-            drawn = roll.sure_NC[row][roll.when_NC[row] == t].sum()
+            drawn = roll.logp_NC[row][roll.when_NC[row] == t].sum()
             expected = min(math.exp(moves.old_SU[S, 0] - drawn), 2.0)
             assert weight_S[S].item() == pytest.approx(expected, rel=1e-4)
         others_S = weight_S[~starts_S & live_S]
@@ -233,10 +237,10 @@ def test_entropy_selection_keeps_the_K_most_uncertain_steps_in_order():
 
 
 @pytest.mark.parametrize("T, K", [(12, 4), (128, 8), (7, 3), (5, 5), (6, 1)])
-def test_uniform_selection_takes_the_middles_and_random_any_steps(T, K):
+def test_uniform_selection_takes_the_last_of_equal_parts_and_random_any_steps(T, K):
     entropy_NT = torch.rand(50, T)
     t_NK = egspo.select_steps(entropy_NT, K, "uniform")
-    assert t_NK[0].tolist() == [math.ceil((k + 0.5) * T / K) - 1 for k in range(K)]
+    assert t_NK[0].tolist() == [math.ceil((k + 1) * T / K) - 1 for k in range(K)]
     u_NT = torch.rand(50, T)
     t_NK = egspo.select_steps(entropy_NT, K, "random", u_NT)
     assert all(len(set(row)) == K and row == sorted(row) for row in t_NK.tolist())
@@ -253,6 +257,7 @@ def test_steps_after_the_end_are_only_chosen_when_nothing_else_is_left(how):
     assert (egspo.select_steps(entropy_NT, 4, how, u_NT) < 6).all()
     t_NK = egspo.select_steps(entropy_NT, 8, how, u_NT)
     assert ((t_NK < 6).sum(1) == 6).all()
+    assert (egspo.select_steps(entropy_NT, 8, "sampled", u_NT) < 6).all()
 
 
 def test_a_state_differs_from_the_next_exactly_at_its_moves(policy):
@@ -320,7 +325,7 @@ def test_the_guess_keeps_what_is_revealed_and_is_the_argmax_elsewhere(policy):
     cfg = settings()
     roll = act(policy, cfg)
     moves = egspo.gather_moves(roll, egspo.select_steps(roll.entropy_NT, 3, "entropy"), 257)
-    _, guess_SC = egspo.log_probs(policy, moves, cfg, guess=True)
+    _, _, guess_SC = egspo.log_probs(policy, moves, cfg, guess=True)
     ids_SL = torch.cat((moves.prompt_SP, moves.state_SC), dim=1)
     logits = policy(ids_SL, model.with_completion(moves.real_SP, cfg.C))[:, 7:].masked_fill(
         policy.never_V, -math.inf
@@ -338,10 +343,10 @@ def test_the_guess_keeps_what_is_revealed_and_is_the_argmax_elsewhere(policy):
 def learn(policy, cfg, reward_N, N: int = 6, seed: int = 1):
     """One rollout, credited with these rewards; the moves are ready for an update."""
     roll = act(policy, cfg, N)
-    moves = egspo.choose_moves(roll, cfg, 257, 0, range(N))
-    old_SU, _ = egspo.log_probs(policy, moves, cfg)
+    moves = egspo.choose_moves(roll, cfg, policy, 0, range(N))
+    old_SU, token_SU, _ = egspo.log_probs(policy, moves, cfg)
     early_S = torch.rand(len(old_SU), generator=torch.Generator().manual_seed(seed))
-    moves = moves._replace(old_SU=old_SU, ref_SU=old_SU.clone())
+    moves = moves._replace(old_SU=old_SU, ref_SU=token_SU)
     if cfg.stepwise:
         moves = moves._replace(early_S=early_S)
     return egspo.credit(moves, reward_N, cfg)
@@ -364,6 +369,7 @@ def one_update(folder, cfg, reward_N, N: int = 6):
 VARIANTS = [
     dict(), dict(likelihood="exact"), dict(order="random"), dict(method="diffu_grpo"),
     dict(select="uniform"), dict(select="random"), dict(lam=0.0), dict(select="all", K=6),
+    dict(select="sampled"), dict(normalise=True),
 ]  # fmt: skip
 
 
@@ -398,12 +404,12 @@ def test_an_update_makes_rewarded_moves_more_likely_and_punished_ones_less(folde
     policy = run.load_policy(cfg, str(folder), CPU)[0]
     moves = learn(policy, cfg, torch.tensor([1.0, 0, 0, 1, 1, 0]))
     egspo.update(policy, run.make_optimizer(policy, cfg), moves, cfg, run.Ranks(), run.Tally())
-    after_SU, _ = egspo.log_probs(policy, moves, cfg)
+    after_SU, _, _ = egspo.log_probs(policy, moves, cfg)
     gain_SU = (after_SU - moves.old_SU) * moves.adv_SU.sign()
     assert gain_SU[moves.live_SU].mean() > 0
 
 
-def slow_loss(logp, old, ref, adv, live, cfg, R):
+def slow_loss(logp, token, old, ref, adv, live, cfg, R):
     """Section 4, move by move."""
     total = 0.0
     for i in range(len(logp)):
@@ -411,7 +417,7 @@ def slow_loss(logp, old, ref, adv, live, cfg, R):
             continue
         ratio = math.exp(logp[i] - old[i])
         clipped = min(max(ratio, 1 - cfg.eps_low), 1 + cfg.eps_high)
-        k3 = math.exp(ref[i] - logp[i]) - (ref[i] - logp[i]) - 1
+        k3 = math.exp(ref[i] - token[i]) - (ref[i] - token[i]) - 1
         total += (-min(ratio * adv[i], clipped * adv[i]) + cfg.beta * k3) / R
     return total / sum(live)
 
@@ -420,19 +426,19 @@ def one_ratio_each(R, live_S, *adv_old_ref_S):
     """Moves of R tokens with nothing but what the loss reads."""
     adv, old, ref = (x_S[:, None] for x_S in adv_old_ref_S)
     at_SR = torch.zeros(len(live_S), R)
-    return egspo.Moves(*[None] * 3, at_SR, None, live_S[:, None])._replace(
+    return egspo.Moves(*[None] * 3, at_SR, None, live_S[:, None], None)._replace(
         adv_SU=adv, old_SU=old, ref_SU=ref
     )
 
 
 def test_the_loss_equals_the_loop_and_counts_its_clips():
     cfg = settings(beta=0.3)
-    logp, old, ref, adv = torch.randn(4, 40, dtype=torch.float64).unbind()
+    logp, token, old, ref, adv = torch.randn(5, 40, dtype=torch.float64).unbind()
     live = torch.rand(40) > 0.2
     mb = one_ratio_each(2, live, adv, old, ref)
-    loss_SU, stats = egspo.clipped_loss(logp[:, None], mb, cfg)
+    loss_SU, stats = egspo.clipped_loss(logp[:, None], token[:, None], mb, cfg)
     loss = loss_SU[mb.live_SU].mean()
-    want = slow_loss(logp.tolist(), old.tolist(), ref.tolist(), adv.tolist(), live.tolist(), cfg, 2)
+    want = slow_loss(*(x.tolist() for x in (logp, token, old, ref, adv, live)), cfg, 2)
     assert math.isclose(loss.item(), want, rel_tol=1e-9)
     ratio = (logp - old).exp()
     high = sum(r > 1.5 and a > 0 for r, a in zip(ratio.tolist(), adv.tolist()))
@@ -448,28 +454,37 @@ def test_a_clipped_move_has_no_gradient_and_only_on_the_side_it_should(adv, logp
     cfg = settings(beta=0.0)
     logp_SU = torch.tensor([[logp]], requires_grad=True)
     mb = one_ratio_each(2, torch.ones(1).bool(), torch.tensor([adv]), *torch.zeros(2, 1))
-    egspo.clipped_loss(logp_SU, mb, cfg)[0].sum().backward()
+    egspo.clipped_loss(logp_SU, logp_SU, mb, cfg)[0].sum().backward()
     assert (logp_SU.grad.abs().item() > 0) == has_gradient
 
 
-def test_exact_probability_equals_brute_force_over_what_losers_could_have_drawn(policy):
+def test_exact_probability_equals_brute_force_over_what_losers_could_have_drawn():
+    """What they did draw counts too, even where it is now surer than the least sure winner."""
     stream = torch.Generator().manual_seed(0)
-    logp_SJV = torch.log_softmax(torch.randn(5, 4, 7, generator=stream).double(), -1)
-    hidden_SJ = torch.tensor([[True] * 4] * 4 + [[True, False, True, True]])
-    at_SR = torch.tensor([[0, 2]] * 5)
-    token_SR = logp_SJV[:, [0, 2]].argmax(-1)
-    fast = egspo.exact_logp(logp_SJV, hidden_SJ, at_SR, token_SR)
-    for s in range(5):
-        sure = [
-            logp_SJV[s, at, token].item()
-            for at, token in zip(at_SR[s].tolist(), token_SR[s].tolist())
-        ]
-        want = sum(sure)
-        for j in range(4):
-            if hidden_SJ[s, j] and j not in (0, 2):
-                share = sum(math.exp(x) for x in logp_SJV[s, j].tolist() if x <= min(sure))
-                want += math.log(share)
-        assert math.isclose(fast[s].item(), want, rel_tol=1e-9)
+    logits_SJV = torch.randn(6, 4, 7, generator=stream).double()
+    logp_SJV, sure_SJV = (torch.log_softmax(logits_SJV / heat, -1) for heat in (0.5, 1.0))
+    hidden_SJ = torch.tensor([[True] * 4] * 4 + [[True, False, True, True]] * 2)
+    at_SR = torch.tensor([[0, 2]] * 6)
+    token_SR = sure_SJV[:, [0, 2]].argmax(-1)
+    drawn_SJ = sure_SJV.argmin(-1)
+    drawn_SJ[5] = sure_SJV[5].argmax(-1)
+    drawn_SJ[:, [0, 2]] = token_SR
+    surer = 0
+    args = logits_SJV, 0.5, hidden_SJ, at_SR, token_SR, drawn_SJ
+    fast_S, token_S = egspo.exact_logp(*args)
+    for s in range(6):
+        won = list(zip(at_SR[s].tolist(), token_SR[s].tolist()))
+        floor = min(sure_SJV[s, at, token].item() for at, token in won)
+        tokens = sum(logp_SJV[s, at, token].item() for at, token in won)
+        assert math.isclose(token_S[s].item(), tokens, rel_tol=1e-9)
+        want = tokens
+        for j in (1, 3):
+            if hidden_SJ[s, j]:
+                counts = [v for v in range(7) if sure_SJV[s, j, v] <= floor or v == drawn_SJ[s, j]]
+                surer += sum(sure_SJV[s, j, v].item() > floor for v in counts)
+                want += math.log(sum(math.exp(logp_SJV[s, j, v]) for v in counts))
+        assert math.isclose(fast_S[s].item(), want, rel_tol=1e-9)
+    assert surer > 0
 
 
 def test_a_number_that_is_not_finite_stops_the_run_before_the_weights_change(folder):
@@ -569,9 +584,10 @@ def test_texts_stop_at_the_first_end_token_and_lengths_count_up_to_it(folder):
     _, tokenizer = run.load_policy(settings(), str(folder), CPU)
     ids = tokenizer("ab")["input_ids"]
     token_NC = torch.tensor([ids + [256] + ids, ids + ids + ids[:1]])
-    assert model.texts(token_NC, tokenizer, 256) == ["ab", "ababa"]
-    roll = egspo.Rollout(None, None, token_NC, None, None, None, T=5)
-    assert roll.lengths(256).tolist() == [2, 5]
+    ends = torch.tensor([256])
+    assert model.texts(token_NC, tokenizer, ends) == ["ab", "ababa"]
+    roll = egspo.Rollout(None, None, token_NC, None, None, None, None, T=5)
+    assert roll.lengths(ends).tolist() == [2, 5]
 
 
 def test_pieces_join_to_the_text_and_a_split_character_stands_at_its_first_token(folder):
@@ -589,9 +605,9 @@ def test_a_tally_is_a_weighted_mean_over_everything_it_was_given():
 
 
 def test_the_wilson_interval_is_the_textbook_one():
-    lo, hi = egspo.wilson(0.5, 100)
+    lo, hi = run.wilson(0.5, 100)
     assert math.isclose(lo, 0.4038, abs_tol=1e-4) and math.isclose(hi, 0.5962, abs_tol=1e-4)
-    assert egspo.wilson(0.0, 256)[0] == 0 and 0.01 < egspo.wilson(0.0, 256)[1] < 0.02
+    assert run.wilson(0.0, 256)[0] == 0 and 0.01 < run.wilson(0.0, 256)[1] < 0.02
 
 
 @pytest.mark.parametrize(
@@ -603,7 +619,7 @@ def test_the_wilson_interval_is_the_textbook_one():
         (dict(C=12, T=4, block=4), "--block 4: must be a multiple of C/T = 3"),
         (dict(G=1), "--G 1: a group needs at least 2"),
         (dict(task="chess"), "--task chess: choose one of sudoku"),
-        (dict(select="best"), "--select best: choose one of entropy uniform random all"),
+        (dict(select="best"), "--select best: choose one of entropy uniform random all sampled"),
         (dict(temperature=0.0), "--temperature 0.0: must be above 0"),
         (dict(lr=math.nan), "--lr nan: must be above 0 and finite"),
         (dict(quantize="nf4"), "--quantize nf4: quantised weights are frozen"),

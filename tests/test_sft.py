@@ -227,7 +227,7 @@ def test_greedy_decoding_of_the_embedded_model_solves_little_but_sampling_earns_
 
     def rewards(noise):
         roll = egspo.rollout(net, *prompts, cfg, noise)
-        answers = model.texts(roll.token_NC, tokenizer, net.config.eos_id)
+        answers = model.texts(roll.token_NC, tokenizer, net.ends)
         return TASKS[name].rewards(answers, problems)
 
     greedy = rewards(None)

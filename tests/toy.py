@@ -42,6 +42,7 @@ def toy_model(folder: Path, seed: int = 0, **changes) -> Path:
     model.save(net, folder)
     defaults = {
         "lora_r": 0,
+        "minibatches": 1,
         "checkpointing": False,
         "steps": 25,
         "max_grad_norm": 1.0,
