@@ -210,6 +210,19 @@ def test_the_documented_command_has_the_published_settings(large, monkeypatch):
     assert "How much is 2 + 2?" in asked.prompt and data.WORDED not in asked.prompt
 
 
+def test_the_documented_command_of_just_grpo_is_autoregressive_and_exact(large, monkeypatch):
+    monkeypatch.chdir(REPO)
+    readme = (REPO / "README.md").read_text().replace("\\\n", " ")
+    (line,) = [
+        line for line in readme.splitlines() if line.startswith("python") and "--normalise" in line
+    ]
+    words = line.partition("egspo.py")[2].replace("GSAI-ML/LLaDA-8B-Instruct", str(large)).split()
+    cfg = config.parse(words)[0]
+    assert cfg.T == cfg.C == cfg.K == 256 and cfg.block == 1  # one token a step, in order
+    assert (cfg.select, cfg.lam, cfg.beta, cfg.temperature) == ("all", 0, 0, 1)
+    assert cfg.normalise and cfg.parts == cfg.repeats == 1
+
+
 # ---- weights -------------------------------------------------------------------------------------
 
 
