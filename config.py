@@ -402,7 +402,7 @@ def carry_on(cfg: Config) -> dict:
     """The defaults.json of a checkpoint of this run: its model's, with the shape it trained in and
     how it was asked."""
     own = model_defaults(cfg.model)
-    kept = ("C", "T", "block", "B", "G", "K", "prompt", "train_set", "weights")
+    kept = "C T block B G K minibatches order cache quantize prompt train_set weights".split()
     by_task = own.get("by_task", {})
     task = by_task.get(cfg.task, {}) | {name: getattr(cfg, name) for name in kept}
     return own | {"task": cfg.task, "by_task": by_task | {cfg.task: task}}

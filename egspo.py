@@ -469,6 +469,8 @@ def update(policy, optimizer, moves: Moves, cfg: Config, ranks: Ranks, tally: Ta
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     count = ranks.sum(moves.live_SU.sum().float())
+    if count == 0:  # of all ranks: every row had ended, and old momentum is no reason to move
+        return torch.ones_like(moves.adv_SU)
     ratios = []
     for mb in micro_batches(moves, cfg.micro):
         logp_SU, token_SU = move_logp(policy, completion_features(policy, mb), mb, cfg)
@@ -518,7 +520,7 @@ def clipped_loss(
 
 def k3(ref: Tensor, logp: Tensor) -> Tensor:
     """Schulman's estimate of the KL to the reference, in nats, never negative."""
-    away = (ref - logp).clamp(-FARTHEST, FARTHEST)
+    away = (ref - logp).clamp(max=FARTHEST)
     return away.exp() - away - 1
 
 
@@ -642,7 +644,7 @@ def evaluate(
 @torch.no_grad()
 def kl_of_a_step(run: Run, roll: Rollout, rows: list[int], cfg: Config) -> Tensor:
     """KL(policy, reference) in nats a token [N], of the tokens revealed at one live step of each
-    row, drawn uniformly: comparable whatever a run selects."""
+    row, drawn uniformly: comparable whatever a run selects, along the decodings evaluated."""
     live_N = (roll.entropy_NT > -math.inf).sum(1)
     u_N = uniform((), rows, cfg.seed, "kl").to(live_N.device)
     moves, parts = gather_moves(roll, (u_N * live_N).long()[:, None], run.policy.config.mask_id), []

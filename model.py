@@ -707,10 +707,24 @@ def with_completion(real_BP: Tensor, C: int) -> Tensor:
     return torch.cat((real_BP, real_BP.new_ones(len(real_BP), C)), dim=1)
 
 
+def ends_file(path: str | Path) -> Path:
+    """The generation_config.json of a model, or of the base of an adapter that has none."""
+    folder = find_folder(path)
+    if not (folder / "generation_config.json").is_file() and adapter_rank(path):
+        folder = find_folder(adapter_base(folder))
+    return folder / "generation_config.json"
+
+
+def bring_ends(path: str | Path, out: str | Path) -> None:
+    """Copy that file, if there is one, beside what was made of the model."""
+    if (file := ends_file(path)).is_file():
+        (Path(out) / file.name).write_bytes(file.read_bytes())
+
+
 def end_ids(path: str | Path, config: Architecture, tokenizer, known: Iterable[str]) -> list[int]:
     """Every id that ends a turn: by config.json, by generation_config.json, by the tokenizer, and
     the `known` tokens that it has."""
-    file = find_folder(path) / "generation_config.json"
+    file = ends_file(path)
     said = [config.raw.get("eos_token_id"), tokenizer.eos_token_id]
     said.append(read_json(file).get("eos_token_id") if file.is_file() else None)
     ids = {config.eos_id}
@@ -822,7 +836,7 @@ def keep_start(net: Transformer, folder: str | Path) -> None:
         for name, lora in adapters(net).items():
             place = f"{PREFIX}{published(name, net.config.family)}"
             pair = (tensors.get_tensor(f"{place}.lora_{kind}.weight") for kind in "AB")
-            lora.start = tuple(weight.to(lora.lora_A) for weight in pair)
+            lora.start = tuple(weight.to(lora.lora_A, copy=True) for weight in pair)
 
 
 @contextmanager

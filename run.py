@@ -373,9 +373,9 @@ class Run:
 
 def judged(cfg: Config, answers: list[str], problems: list[data.Problem]) -> list[data.Reward]:
     """What is trained on: the reward of the answers with their given beginning, parts weighted."""
-    whole = [cfg.template.answer + answer for answer in answers]
-    rewards = data.TASKS[cfg.task].rewards(whole, problems)
-    return [reward.weighted(cfg.part_weights) for reward in rewards]
+    beginning, weights = cfg.template.answer, cfg.part_weights
+    rewards = data.TASKS[cfg.task].rewards([beginning + answer for answer in answers], problems)
+    return [reward.weighted(weights) for reward in rewards]
 
 
 def prompt_ids(cfg: Config, problems: list[data.Problem], tokenizer) -> list[list[int]]:
@@ -462,7 +462,8 @@ def load_problems(cfg: Config, split: str, most: int = 0) -> list[data.Problem]:
     if unknown := {*cfg.part_weights} - {*parts}:
         known = f"a reward of {task.name} has {' and '.join(parts)}"
         raise ValueError(f"--weights {cfg.weights}: no {' '.join(sorted(unknown))}; {known}")
-    return [cfg.template.asked(problem, task.asks) for problem in problems[: most or None]]
+    template = cfg.template
+    return [template.asked(problem, task.asks) for problem in problems[: most or None]]
 
 
 def load_policy(cfg: Config, path: str, device: torch.device) -> tuple[model.Transformer, object]:
@@ -509,6 +510,8 @@ def make_reference(
 ) -> Callable:
     """What the KL is measured to, as a function that returns a context manager: the network that
     the run started from, by its adapters as they were, or off if they are new, or a frozen copy."""
+    if cfg.beta == 0:
+        return None
     if cfg.lora_r > 0:
         if model.adapter_rank(cfg.model):
             model.keep_start(policy, model.find_folder(cfg.model))
@@ -611,6 +614,7 @@ def save_checkpoint(run: Run, step: int) -> None:
             return
         model.save(run.policy, temporary, weights)
         run.tokenizer.save_pretrained(temporary)
+        model.bring_ends(cfg.model, temporary)
         text = json.dumps(carry_on(cfg), indent=2)
         (temporary / "defaults.json").write_text(text + "\n")
         state = {} if cfg.shard else {"optimizer": run.optimizer.state_dict()}
@@ -782,6 +786,7 @@ def merge(cfg: Config) -> int:
     model.merge_lora(policy)
     model.save(policy, cfg.out)
     model.load_tokenizer(cfg.model).save_pretrained(cfg.out)
+    model.bring_ends(cfg.model, cfg.out)
     bring_defaults(cfg.model, cfg.out)
     say(f"written: {cfg.out}")
     return 0
@@ -837,10 +842,11 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1) -> tuple[dict[str, float], dic
     each = {"none": wide, "nf4": 0.516}[cfg.quantize]  # nf4: 4 bits and its scales
     saved = cfg.micro * L * (14 * c.d_model + 4 * d_ff) * wide  # what a block keeps for backward
     stream = cfg.micro * L * c.d_model * wide
-    head = cfg.micro * R * c.vocab_size * 4 * 5  # float32 logits, log-softmax and their gradients
+    scored = cfg.C if cfg.method == "diffu_grpo" else cfg.block if cfg.likelihood == "exact" else R
+    head = cfg.micro * scored * c.vocab_size * 4 * 5  # float32 logits, log-softmax, their gradients
     memory = {
         "weights": maps * each + other * wide + trained * 4 if cfg.lora_r else (maps + other) * 4,
-        "reference": 0 if cfg.lora_r else maps * wide + other * 4,
+        "reference": 0 if cfg.lora_r or cfg.beta == 0 else maps * wide + other * 4,
         "bf16 copies": 0 if cfg.lora_r or not bf16 else maps * 2,
         "gradients": trained * 4,
         "optimizer": trained * (8 if cfg.optimizer == "adamw" else 2.1),
