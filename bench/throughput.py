@@ -114,8 +114,8 @@ def credit(roll: egspo.Rollout, cfg: Config) -> egspo.Moves:
 def ours(net, optimizer, size: str, cfg: Config) -> None:
     roll = act(net, size, cfg)
     moves = credit(roll, cfg)
-    old_SU, _ = egspo.log_probs(net, moves, cfg, guess=True)
-    ref_SU, _ = egspo.log_probs(net, moves, cfg)
+    old_SU, _, _ = egspo.log_probs(net, moves, cfg, guess=True)
+    _, ref_SU, _ = egspo.log_probs(net, moves, cfg)
     moves = moves._replace(old_SU=old_SU, ref_SU=ref_SU)
     egspo.update(net, optimizer, moves, cfg, running.Ranks(), running.Tally())
 
@@ -194,7 +194,7 @@ def floor(size: str) -> dict:
     L = SETTINGS[size][0] + cfg.C
     roll = act(net, size, cfg)
     moves = credit(roll, cfg)
-    old_SU, _ = egspo.log_probs(net, moves, cfg)
+    old_SU, _, _ = egspo.log_probs(net, moves, cfg)
     moves = moves._replace(old_SU=old_SU, ref_SU=old_SU)
     rate = matmul_rate()
     N, S = cfg.B * cfg.G, cfg.B * cfg.G * cfg.K

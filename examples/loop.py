@@ -38,11 +38,11 @@ def main(steps: int = 12) -> None:
         roll = rollout(policy, *prompts, cfg, noise.to(ranks.device))  # act
         t_NK = select_steps(roll.entropy_NT, cfg.K, cfg.select)  # choose
         moves = gather_moves(roll, t_NK, c.mask_id)
-        old_SU, guess_SC = log_probs(policy, moves, cfg, guess=True)
-        ref_SU, _ = log_probs(reference, moves, cfg)
-        rewards = task.rewards(texts(roll.token_NC, tokenizer, c.eos_id), asked)  # credit
+        old_SU, _, guess_SC = log_probs(policy, moves, cfg, guess=True)
+        _, ref_SU, _ = log_probs(reference, moves, cfg)
+        rewards = task.rewards(texts(roll.token_NC, tokenizer, policy.ends), asked)  # credit
         asked = [problem for problem in asked for _ in range(cfg.K)]
-        early = task.rewards(texts(guess_SC, tokenizer, c.eos_id), asked)
+        early = task.rewards(texts(guess_SC, tokenizer, policy.ends), asked)
         early_S, reward_N = (torch.tensor(x, device=ranks.device) for x in (early, rewards))
         moves = moves._replace(old_SU=old_SU, ref_SU=ref_SU, early_S=early_S)
         moves, tally = credit(moves, reward_N, cfg), Tally()
