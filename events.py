@@ -58,6 +58,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -531,6 +532,15 @@ class History:
         self.rollout.clear()
         self.done, self.edition = min(self.done, it), self.edition + 1
 
+    def along(self, axis: str, values: dict[int, float]) -> dict[float, float]:
+        """Values by iteration, by what the run had taken of `axis` (compute/*) when it began; what
+        the log does not say drops out."""
+        if axis == "iteration":
+            return values
+        taken = self.series.get(f"compute/{axis}")
+        spent = {-1: 0.0} | taken if taken else {}
+        return {spent[it - 1]: value for it, value in values.items() if it - 1 in spent}
+
     def size(self, name: str) -> int:
         """T, K, C, block, G, N or iters, from wherever the trainer wrote it; 0 if it did not."""
         cfg = self.meta.get("cfg")
@@ -693,6 +703,32 @@ class Log:
         seconds = list(history.series.get("t/total", {}).values())[-50:]
         usual = statistics.median(seconds) if seconds else 0.0
         return ("dead" if age > 600 else "quiet" if age > max(60, 4 * usual) else "live"), age
+
+    def summary(self) -> dict:
+        """The last state of a run; numbers that JSON does not have are strings."""
+        history, meta, (state, age) = self.history, self.history.meta, self.status()
+
+        def safe(values: dict) -> dict:
+            lost = {k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+            return {k: str(v) if k in lost else v for k, v in values.items()}
+
+        # fmt: off
+        return {
+            "run": self.name, "log": str(self.path), "status": state, "age_s": round(age, 1),
+            "host": meta.get("host"), "pid": meta.get("pid"), "git": meta.get("git"),
+            "command": shlex.join(map(str, meta.get("argv") or ())),
+            "task": meta.get("task"), "model": meta.get("model"),
+            "sizes": "  ".join(f"{x} {history.size(x)}" for x in "T K C block N G".split()),
+            "phase": history.phase, "it": history.it, "done": history.done,
+            "iters": history.size("iters"), "checkpoint": history.ckpt.get("path"),
+            "error": (history.end or {}).get("err"),
+            "lines": history.lines, "bad_lines": history.bad,
+            "metrics": safe({name: history.latest(name) for name in history.series}),
+            "evals": {it: safe(e) for it, e in history.evals.items()},
+            "tests": {split: safe(e) for split, e in history.tests.items()},
+            "alerts": history.alerts[-20:],
+        }
+        # fmt: on
 
 
 def this_machine() -> list[str]:

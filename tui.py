@@ -311,13 +311,13 @@ class Curve:
     """A line of a chart."""
 
     label: str
-    its: Sequence[int]
+    its: Numbers  # or what the run had taken by then
     values: Numbers
     colour: str
 
 
 DOTS = ((1, 8), (2, 16), (4, 32), (64, 128))  # the bit of each dot of a braille character
-Points = Sequence[tuple[int, float]]
+Points = Sequence[tuple[float, float]]
 
 
 def dots_of(curve: Curve, x: Callable, y: Callable) -> Iterable[tuple[int, int]]:
@@ -334,7 +334,7 @@ def dots_of(curve: Curve, x: Callable, y: Callable) -> Iterable[tuple[int, int]]
 
 
 def chart(
-    curves: Sequence[Curve], log: bool, points: Points, cursor: int | None, w: int, h: int
+    curves: Sequence[Curve], log: bool, points: Points, cursor: float | None, w: int, h: int
 ) -> list[Line]:
     """Curves over iterations, named at their right ends. `points` are marked; so, on the bottom
     line, is every value that is not a number."""
@@ -358,8 +358,8 @@ def chart(
     low, high, tick = nice(min(shown, default=0), max(shown, default=1), max(1, min(5, h // 3)))
     first, last, wide, below = min(its), max(its), max(1, w - left - right), h - 1
 
-    def x(it: int) -> int:  # in dots, two to a cell
-        return round((it - first) / max(1, last - first) * (2 * wide - 1))
+    def x(it: float) -> int:  # in dots, two to a cell
+        return round((it - first) / ((last - first) or 1) * (2 * wide - 1))
 
     def y(value: float) -> int:  # in dots, four to a cell
         return round((high - value) / (high - low) * (4 * below - 1))
@@ -389,8 +389,11 @@ def chart(
         dots = [canvas.get((i, row), (" ", "")) for i in range(wide)]
         lines.append([(rail, "dim"), *dots, *name])
     parts = max(1, wide // 12)
-    labels = {first + (last - first) * k // parts: None for k in (0, parts, *range(parts))}
-    return fill([*lines, labelled([(left + x(it) // 2, it) for it in labels], w)], w, h)
+    whole, marks = last > 9 or isinstance(last, int), (0, parts, *range(parts))
+    at = [first + (last - first) * k / parts for k in marks]
+    labels = {int(it): int(it) for it in at} if whole else {it: num(it) for it in at}
+    below_it = labelled([(left + x(it) // 2, word) for it, word in labels.items()], w)
+    return fill([*lines, below_it], w, h)
 
 
 @dataclass
@@ -491,6 +494,7 @@ METRICS = (  # in this order; others follow
 ).split()
 NEWEST = dict(it=None, t=None, follow=True, playing=False)
 VALUES = {  # of settings that are not just on or off
+    "axis": ("iteration", "samples", "updates", "forwards", "tflop"),
     "colour": ("step", "entropy", "none"),
     "smooth": (0.0, 0.6, 0.8, 0.95),
     "sort": ("newest", "reward", "length"),
@@ -523,6 +527,7 @@ class View:
     guess: bool = False
     smooth: float = 0.8
     log_scale: bool = False
+    axis: str = "iteration"  # what charts lie along
     sort: str = "newest"
     filter: str = ""
     typing: bool = False
@@ -759,6 +764,7 @@ def curves_of(view: View, name: str) -> list[Curve]:
         series = log.history.series.get(name, {})
         if name == "eval":
             series = {it: e["accuracy"] for it, e in log.history.evals.items()}
+        series = log.history.along(view.axis, series)
         values = smooth(series.values(), view.smooth * (name != "eval"))
         if values:
             label = f"{num(values[-1])} {clean(log.name)}" if len(view.logs) > 1 else ""
@@ -767,11 +773,12 @@ def curves_of(view: View, name: str) -> list[Curve]:
 
 
 def curve_panel(view: View, name: str, hot: bool = False) -> Draw:
-    """One metric over iterations; zoomed with a cursor and the values there."""
+    """One metric over iterations, or what they took; zoomed with a cursor and the values there."""
     history, curves, cursor = view.history, curves_of(view, name), None
     right = num(history.accuracy if name == "eval" else history.latest(name))
     if view.zoom and curves:
-        cursor = curves[-1].its[-1] if view.it is None else view.it
+        at = () if view.it is None else history.along(view.axis, {view.it: 0})
+        cursor = next(iter(at), curves[-1].its[-1])
         at = [c.values[min(bisect_left(c.its, cursor), len(c.its) - 1)] for c in curves]
         right = f"at {cursor}: {'   '.join(map(num, at))}"
     return panel(name, lambda w, h: chart(curves, view.log_scale, (), cursor, w, h), right, hot=hot)
@@ -785,7 +792,8 @@ def reward_panel(view: View) -> Draw:
         for curve in curves_of(view, name):
             label = f"{num(curve.values[-1])} {name[7:]}"
             curves.insert(0, replace(curve, colour=colour, label=label))
-    points = [(it, e["accuracy"]) for it, e in history.evals.items()]
+    evals = {it: e["accuracy"] for it, e in history.evals.items()}
+    points = list(history.along(view.axis, evals).items())
     right = f"◆ evaluation {num(history.accuracy)}" if points else ""
     return panel("reward", lambda w, h: chart(curves, view.log_scale, points, None, w, h), right)
 
@@ -976,35 +984,9 @@ def curves_view(view: View, w: int, h: int) -> list[Line]:
     return view.once(w, h, page)
 
 
-def summary(log: Log) -> dict:
-    """The last state of a run; numbers that JSON does not have are strings."""
-    history, meta, (state, age) = log.history, log.history.meta, log.status()
-
-    def safe(values: dict) -> dict:
-        lost = {k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
-        return {k: str(v) if k in lost else v for k, v in values.items()}
-
-    # fmt: off
-    return {
-        "run": log.name, "log": str(log.path), "status": state, "age_s": round(age, 1),
-        "host": meta.get("host"), "pid": meta.get("pid"), "git": meta.get("git"),
-        "command": shlex.join(map(str, meta.get("argv") or ())),
-        "task": meta.get("task"), "model": meta.get("model"),
-        "sizes": "  ".join(f"{name} {history.size(name)}" for name in "T K C block N G".split()),
-        "phase": history.phase, "it": history.it, "done": history.done,
-        "iters": history.size("iters"), "checkpoint": history.ckpt.get("path"),
-        "error": (history.end or {}).get("err"), "lines": history.lines, "bad_lines": history.bad,
-        "metrics": safe({name: history.latest(name) for name in history.series}),
-        "evals": {it: safe(e) for it, e in history.evals.items()},
-        "tests": {split: safe(e) for split, e in history.tests.items()},
-        "alerts": history.alerts[-20:],
-    }
-    # fmt: on
-
-
 def run_view(view: View, w: int, h: int) -> list[Line]:
     """Where the run is, how far, how fast and with which settings; its alerts and last events."""
-    history, below, wide, told = view.history, h * 2 // 5, w >= 80, summary(view.log)
+    history, below, wide, told = view.history, h * 2 // 5, w >= 80, view.log.summary()
     facts = {
         "state": f"{told['status']}, last event {span(told['age_s'])} ago",
         "error": told["error"],
@@ -1090,7 +1072,8 @@ KEYS = (
     Key("c", {"c": "colour"}, V.cycle, "colour of tokens: step, entropy, none"),
     Key("s", {"s": "sort"}, V.cycle, "order of the table in 4", "s sort", "4"),
     Key("s", {"s": "smooth"}, V.cycle, "else smoothing 0, .6, .8, .95", "s smooth", "12356zc?"),
-    Key("y", {"y": "log_scale"}, V.cycle, "logarithmic charts"),
+    Key("y, u", {"y": "log_scale"}, V.cycle, "logarithmic charts"),
+    Key("y, u", {"u": "axis"}, V.cycle, "along iterations, samples, updates, passes, TFLOP"),
     Key("/, esc", {"/": FILTER}, V.put, "filter samples in 4", "/ filter", "4"),
     Key("/, esc", {"/": FILTER | {"number": 5}}, V.put, "else metrics", "/ filter", "12356zc?"),
     Key("/, esc", {"escape": CLEAR}, V.put, "clear and back"),
@@ -1431,7 +1414,7 @@ def main() -> int:
     elif args.list:
         print("\n".join(run_line(log, str(log.path.parent)) for log in logs))
     elif args.json:
-        print(json.dumps(summary(logs[0]), allow_nan=False))
+        print(json.dumps(logs[0].summary(), allow_nan=False))
     elif args.plain:
         print_lines(logs[0], args.hz)
     elif args.svg:

@@ -386,6 +386,25 @@ def test_charts_of_nothing_one_point_and_a_constant_say_so_and_nan_is_marked():
     assert "×" in tui.plain([tui.spark([1.0, 2.0, math.nan, 3.0], 10)])
 
 
+def test_charts_lie_along_what_a_run_had_taken_when_the_iteration_began(tmp_path):
+    log = load(fake_run.write(tmp_path / "run"))
+    steps = range(12)
+    log.history.series["compute/samples"] = {it: 128.0 * (it + 1) for it in steps if it != 4}
+    view = tui.View([log], number=5, filter="grad_norm", smooth=0.0)
+    (by_iteration,) = tui.curves_of(view, "grad_norm")
+    tui.press(view, "u")
+    assert (view.axis, view.note) == ("samples", "axis: samples")
+    (by_samples,) = tui.curves_of(view, "grad_norm")
+    there = [it for it in steps if it != 5]  # nobody knows what was spent before the sixth
+    assert by_samples.its == [128 * it for it in there]
+    assert by_samples.values == [by_iteration.values[it] for it in there]
+    (evals,) = tui.curves_of(view, "eval")
+    assert evals.its == [128.0 * it for it in log.history.evals]
+    assert "1408" in tui.plain(tui.frame(view, 120, 40))
+    tui.press(view, "u")
+    assert tui.curves_of(view, "grad_norm") == []  # this log knows no updates
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ["sudoku", "gsm8k", "live"])
 def test_every_screen_fills_every_terminal_in_every_look(runs, name, size):
@@ -504,7 +523,7 @@ def test_no_event_of_any_shape_stops_the_monitor(tmp_path):
             for key in ("n", "j", "right", "J", "x", "G"):
                 tui.press(view, key)
             check(tui.frame(view, 120, 40), 120, 40)
-        json.dumps(tui.summary(log), default=str)
+        json.dumps(log.summary(), default=str)
 
 
 def test_the_mosaic_has_a_line_for_each_block_and_a_cell_for_each_position(runs):
