@@ -128,6 +128,8 @@ class Config(Settings):
         moves = "diffu_grpo does not score the moves that were made: take --method egspo"
         check(self.method == "egspo" or self.cache == "none", "cache", moves)
         check(self.method == "egspo" or self.likelihood == "tokens", "likelihood", moves)
+        own = "diffu_grpo makes --mu updates of a rollout, each of all rows: 1"
+        check(self.method == "egspo" or self.minibatches == 1, "minibatches", own)
         frozen = "quantised weights are frozen: train adapters with --lora-r 128"
         check(self.quantize == "none" or self.lora_r > 0, "quantize", frozen)
         plain = self.lora_r == 0 and self.optimizer == "adamw"
@@ -327,7 +329,7 @@ def read(kind: Callable, argv: list[str], prog: str, **options):
 
 METHODS = {  # what a method's authors use otherwise
     "egspo": {},
-    "diffu_grpo": dict(lr=3e-6, mu=12, eps_low=0.5, eps_high=0.5),
+    "diffu_grpo": dict(lr=3e-6, mu=12, minibatches=1, eps_low=0.5, eps_high=0.5),
 }
 
 REASON = "[user]\n{prompt}\nReason step by step between <reasoning> and </reasoning> first.\n"

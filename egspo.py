@@ -29,7 +29,8 @@ Where this file departs from the paper or from its released code, and why:
     K wide heads per trajectory rather than T, and no forward pass of its own.
  4. The final and the one-step reward are the same function: no format bonus leaks into r - r_hat.
  5. The advantage is not divided by the group's standard deviation. A slot's baseline (the group's
-    mean at its k-th selected step) mixes different times, and r_hat_t stays in the return.
+    mean at its k-th selected step) mixes different times, r_hat_t stays in the return, and a row
+    that has ended counts in the mean, as its own guess.
  6. The old log-probability comes from the same function, shapes and mode as the new one: the first
     ratio is 1. There is no dropout anywhere.
  7. Padding is never attended to and positions count from the first real token, everywhere.
@@ -58,7 +59,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ from run import Ranks, Run, Tally, batch, clip_gradients, demand_finite, set_lea
 def train(run: Run, start: int) -> None:
     """Act, choose, credit, learn, tell, until cfg.steps are done."""
     cfg, policy, ranks, log = run.cfg, run.policy, run.ranks, run.log
-    rows = ranks.rows(cfg.B * cfg.G)
+    rows, of_tokens = ranks.rows(cfg.B * cfg.G), replace(cfg, likelihood="tokens")
     for step in itertools.count(start):
         running.between_steps(run, step, start, evaluate)
         if step == cfg.steps:
@@ -99,8 +100,8 @@ def train(run: Run, start: int) -> None:
                 old_SU, _, guess_SC = log_probs(policy, moves, cfg, guess=cfg.stepwise)
                 moves = moves._replace(old_SU=old_SU, guess_SC=guess_SC)
             if cfg.beta > 0:
-                with run.reference() as reference:
-                    moves = moves._replace(ref_SU=log_probs(reference, moves, cfg)[1])
+                with run.reference() as reference:  # the KL is that of the tokens
+                    moves = moves._replace(ref_SU=log_probs(reference, moves, of_tokens)[1])
 
         with log.phase(step, "score"):  # credit
             rewards, early_S = judged.result(), early_rewards(run, problems, moves.guess_SC)
@@ -413,18 +414,20 @@ def stepwise_advantages(
 ) -> Tensor:
     """Advantage of each selected move [N, K] (section 5).
 
-    Return G_t = (r + lam (r - r_hat_t)) / (1 + lam), minus the mean of the group's live moves in
-    the same slot; 0 where the row had ended. Without early rewards G_t = r, which is EGSPO. With
-    `normalise` divided by the standard deviation of the group's rewards, as GRPO does.
+    Return G_t = (r + lam (r - r_hat_t)) / (1 + lam), minus the group's mean in the same slot; 0
+    where the row had ended. Such a row counts in the mean, as its own guess: G_t = r. (A mean of
+    the others alone would weigh late slots by how many are left.) Without early rewards G_t = r,
+    which is EGSPO. With `normalise` divided by the standard deviation of the group's rewards, as
+    GRPO does.
     """
     return_NK = reward_N[:, None].expand_as(live_NK)
     if early_NK is not None:
+        early_NK = torch.where(live_NK, early_NK, return_NK)
         return_NK = (return_NK + lam * (return_NK - early_NK)) / (1 + lam)
-    return_BGK, live_BGK = (x_NK.unflatten(0, (-1, G)) for x_NK in (return_NK, live_NK))
+    return_BGK = return_NK.unflatten(0, (-1, G))
     return_BGK = return_BGK - return_BGK[:, :1]  # so that equal ones leave exactly 0
-    total_B1K = torch.where(live_BGK, return_BGK, 0).sum(1, keepdim=True)
-    mean_B1K = total_B1K / live_BGK.sum(1, keepdim=True).clamp(min=1)
-    adv_BGK = torch.where(live_BGK, return_BGK - mean_B1K, 0)
+    adv_BGK = return_BGK - return_BGK.mean(1, keepdim=True)
+    adv_BGK = torch.where(live_NK.unflatten(0, (-1, G)), adv_BGK, 0)
     if normalise:
         adv_BGK = adv_BGK / (reward_N.view(-1, G, 1).std(1, keepdim=True) + 1e-4)
     return adv_BGK.flatten(0, 1)
@@ -444,7 +447,7 @@ def minibatches(moves: Moves, cfg: Config) -> Iterator[Tensor]:
     `minibatches` one part of the slots after the other, those of highest entropy first."""
     by_slot_S = moves.slot_S.argsort(stable=True)
     for _ in range(cfg.repeats):
-        yield from by_slot_S.chunk(cfg.parts)
+        yield from by_slot_S.tensor_split(cfg.parts)
 
 
 @torch.no_grad()

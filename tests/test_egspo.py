@@ -286,10 +286,12 @@ def slow_advantages(reward, early, live, G, lam):
     adv = [[0.0] * K for _ in range(N)]
     for group in range(N // G):
         for k in range(K):
-            rows = [n for n in range(group * G, group * G + G) if live[n][k]]
-            returns = {n: (reward[n] + lam * (reward[n] - early[n][k])) / (1 + lam) for n in rows}
+            rows, returns = range(group * G, group * G + G), {}
             for n in rows:
-                adv[n][k] = returns[n] - sum(returns.values()) / len(rows)
+                guess = early[n][k] if live[n][k] else reward[n]
+                returns[n] = (reward[n] + lam * (reward[n] - guess)) / (1 + lam)
+            for n in rows:
+                adv[n][k] = (returns[n] - sum(returns.values()) / G) if live[n][k] else 0.0
     return torch.tensor(adv)
 
 
@@ -624,6 +626,7 @@ def test_the_wilson_interval_is_the_textbook_one():
         (dict(lr=math.nan), "--lr nan: must be above 0 and finite"),
         (dict(quantize="nf4"), "--quantize nf4: quantised weights are frozen"),
         (dict(method="diffu_grpo", likelihood="exact"), "--likelihood exact: diffu_grpo does not"),
+        (dict(method="diffu_grpo", minibatches=4), "--minibatches 4: diffu_grpo makes --mu"),
     ],
 )
 def test_a_bad_value_is_named_with_its_flag_and_what_would_do(change, message):

@@ -460,6 +460,30 @@ def test_log_probs_are_computed_only_where_something_needs_them(
     assert ("kl" in steps_of(tmp_path / "run")[0]) == (cfg.beta > 0)
 
 
+def test_the_reference_is_asked_for_tokens_alone_whatever_the_likelihood(
+    toy, tmp_path, monkeypatch
+):
+    """Its log-prob of the choice of positions, a head over the whole block, would go unused."""
+    asked, plain = [], egspo.exact_logp
+    monkeypatch.setattr(egspo, "exact_logp", lambda *args: asked.append(1) or plain(*args))
+    changes = dict(likelihood="exact", micro=24, beta=0.1, steps=1)
+    with opened(settings(model=str(toy), P=0, **changes), tmp_path / "run", monkeypatch) as the_run:
+        egspo.train(the_run, 0)
+    assert len(asked) == 2  # for the old log-prob, and in the update
+
+
+@pytest.mark.parametrize("minibatches", [1, 4, 7])
+def test_minibatches_share_the_moves_evenly_the_most_uncertain_first(policy, minibatches):
+    """Also where they do not divide the K slots."""
+    cfg = settings(minibatches=minibatches)
+    moves = egspo.choose_moves(act(policy, cfg), cfg, policy, 0, range(6))
+    parts = list(egspo.minibatches(moves, cfg))
+    assert len(parts) == minibatches and max(map(len, parts)) - min(map(len, parts)) <= 1
+    order = torch.cat(parts)
+    assert order.sort().values.tolist() == list(range(24))
+    assert moves.slot_S[order].tolist() == sorted(moves.slot_S.tolist())
+
+
 def test_leaving_out_the_old_log_probs_changes_no_update(toy):
     cfg, grads = settings(lam=0.0, beta=0.1), []
     for keep in (True, False):
