@@ -66,6 +66,7 @@ import torch
 from torch import Tensor, nn
 
 import data
+import plan
 import run as running
 from config import Config, parse
 from model import draw, invert, logits_at, most_probable, pick, places, texts, with_completion
@@ -675,7 +676,7 @@ def main() -> int:
     try:
         cfg, mode = parse(sys.argv[1:])
         if mode.dry_run:
-            return running.dry_run(cfg)
+            return plan.dry_run(cfg)
         if mode.merge:
             return running.merge(cfg)
         ranks, start = Ranks(), 0

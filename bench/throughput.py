@@ -31,6 +31,7 @@ import torch
 
 import egspo
 import model
+import plan
 import run as running
 from config import Config
 from events import EventLog
@@ -203,9 +204,9 @@ def floor(size: str) -> dict:
         lambda: egspo.update(net, optimizer, moves, cfg, running.Ranks(), running.Tally())
     )
     rate = max(rate, matmul_rate())
-    rollout_floor = N * cfg.T * running.forward_flops(net, L, cfg.block) / rate
+    rollout_floor = N * cfg.T * plan.forward_flops(net, L, cfg.block) / rate
     backward = 2 if cfg.lora_r else 3  # frozen weights have no gradient of their own
-    update_floor = S * backward * running.forward_flops(net, L, cfg.C // cfg.T) / rate
+    update_floor = S * backward * plan.forward_flops(net, L, cfg.C // cfg.T) / rate
     return dict(
         matmul_tflops=rate / 1e12, rollout_of_floor=rollout_floor / rollout_s,
         update_of_floor=update_floor / update_s, rollout_s=rollout_s, update_s=update_s,
@@ -246,7 +247,7 @@ def memory(size: str) -> dict:
     measured = peak_bytes() - before
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(net.config.raw))
-        parts, _ = running.plan(replace(cfg, model=folder), running.use_bf16(cfg.precision, DEVICE))
+        parts, _ = plan.plan(replace(cfg, model=folder), running.use_bf16(cfg.precision, DEVICE))
     expected = sum(value for name, value in parts.items() if name not in ("parameters", "trained"))
     return dict(expected_gb=expected / 1e9, measured_gb=measured / 1e9, ratio=expected / measured)
 
