@@ -317,8 +317,8 @@ def choose_moves(roll: Rollout, cfg: Config, policy: nn.Module, step: int, rows:
     """The moves of this rollout that learn."""
     device = roll.token_NC.device
     if cfg.method == "diffu_grpo":
-        u_NKP = uniform((cfg.mu, roll.prompt_NP.shape[1]), rows, cfg.seed, step, "hide").to(device)
-        return one_step_moves(roll, policy, u_NKP)
+        u_NKP = uniform((cfg.mu, cfg.P), rows, cfg.seed, step, "hide").to(device)
+        return one_step_moves(roll, policy, u_NKP[..., -roll.prompt_NP.shape[1] :])
     u_NT = None
     if cfg.select in ("random", "sampled"):
         u_NT = uniform((cfg.T,), rows, cfg.seed, step, "select").to(device)

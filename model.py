@@ -695,6 +695,15 @@ def chat_ids(
     return tokenizer([text + answer for text in texts], add_special_tokens=False)["input_ids"]
 
 
+def padded_length(longest: int, most: int) -> int:
+    """The length that a batch of prompts is padded to, at most `most`: few, for torch.compile.
+
+    Multiples of 64, and above 512 of a quarter of the power of two that is not above it.
+    """
+    step = max(64, 1 << max(0, (longest - 1).bit_length() - 3))
+    return min(most, -(-longest // step) * step)
+
+
 def left_pad(rows: list[list[int]], P: int, pad: int) -> tuple[Tensor, Tensor]:
     """Ids [B, P] and where they are real. Prompts are never cut: none may be longer than P."""
     prompt_BP = torch.tensor([[pad] * (P - len(row)) + row for row in rows])

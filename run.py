@@ -349,9 +349,12 @@ class Run:
     background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def prompts(self, problems: list[data.Problem]) -> tuple[Tensor, Tensor]:
-        """Left-padded ids [B, P] on this rank's device, and where they are real."""
+        """Left-padded ids [B, P] on this rank's device, and where they are real. P is near the
+        longest of these: padding changes no result, and one long prompt costs its own batch only.
+        """
         rows = prompt_ids(self.cfg, problems, self.tokenizer)
-        pair = model.left_pad(rows, self.cfg.P, self.policy.config.pad_id)
+        P = model.padded_length(max(map(len, rows)), self.cfg.P)
+        pair = model.left_pad(rows, P, self.policy.config.pad_id)
         return tuple(x.to(self.ranks.device) for x in pair)
 
     def stopping(self) -> bool:
@@ -360,7 +363,7 @@ class Run:
 
     def count(self, tally: Tally, roll, S: int) -> None:
         """What a step took, of samples, updates, passes of a row through the network, and FLOPs."""
-        cfg, L = self.cfg, self.cfg.P + self.cfg.C
+        cfg, L = self.cfg, roll.prompt_NP.shape[1] + self.cfg.C
         passes, flops = step_cost(cfg, self.policy, L, roll.forwards, S)
         tally.total("compute/samples", len(roll.token_NC))
         tally.total("compute/updates", cfg.repeats * cfg.parts / self.ranks.world)

@@ -369,7 +369,7 @@ def one_update(folder, cfg, reward_N, N: int = 6):
 
 
 VARIANTS = [
-    dict(), dict(likelihood="exact"), dict(order="random"), dict(method="diffu_grpo"),
+    dict(), dict(likelihood="exact"), dict(order="random"), dict(method="diffu_grpo", P=7),
     dict(select="uniform"), dict(select="random"), dict(lam=0.0), dict(select="all", K=6),
     dict(select="sampled"), dict(normalise=True),
 ]  # fmt: skip
@@ -580,6 +580,28 @@ def test_prompts_are_left_padded_and_never_cut(folder):
         ValueError, match=rf"--P 20: 3 of 3 prompts are longer \(the longest has {P} "
     ):
         run.measured(settings(P=20), net, problems, tokenizer)
+
+
+def test_a_batch_is_padded_to_its_own_longest_prompt_and_there_are_few_lengths(folder):
+    """Lengths as those of MBPP: a mean of 143 tokens and one of 3,729, which costs its own batch
+    eight times the work and no other."""
+    lengths = [model.padded_length(longest, 3729) for longest in range(1, 3730)]
+    assert all(x <= y <= max(x + 63, 5 * x // 4) for x, y in enumerate(lengths, 1))
+    assert lengths[3700] == 3729 and len({*lengths}) == 20
+    assert {*lengths[:245]} == {64, 128, 192, 256}
+    net, tokenizer = run.load_policy(settings(), str(folder), CPU)
+    ask = lambda sizes: [data.Problem("", "x" * (size - 1), None, "") for size in sizes]  # and \n
+    cfg = run.measured(settings(), net, ask([18, 20, 900]), tokenizer)
+    opened = run.Run(cfg, net, tokenizer, run.Ranks(), [])
+    for sizes, P in (([18, 20], 64), ([65, 18], 128), ([18, 900], 900)):
+        prompt_BP, real_BP = opened.prompts(ask(sizes))
+        assert real_BP.shape == prompt_BP.shape == (2, P)
+        assert real_BP.sum(1).tolist() == sizes and real_BP[:, -1].all()
+    tally, roll = run.Tally(), egspo.Rollout(prompt_BP[:, :64], *[None] * 6, T=6, forwards=12)
+    roll.token_NC = prompt_BP[:, :12]
+    opened.count(tally, roll, 6)
+    per_row = run.step_cost(cfg, net, 64 + cfg.C, 12, 6)[1]  # what was computed, not the longest
+    assert tally.totals["compute/tflop"] == pytest.approx(sum(per_row.values()) / 1e12)
 
 
 def test_texts_stop_at_the_first_end_token_and_lengths_count_up_to_it(folder):

@@ -301,6 +301,19 @@ def test_diffu_grpo_hides_other_tokens_of_the_prompt_at_each_of_its_updates(poli
     assert (moves.state_SC == 257).all()
 
 
+def test_what_diffu_grpo_hides_of_a_prompt_does_not_depend_on_how_far_its_batch_is_padded(policy):
+    cfg, N = settings(method="diffu_grpo", mu=2, P=20), 40
+    roll, hidden = act(policy, cfg, N), []
+    for wide in (7, 9, 20):
+        pad = functools.partial(torch.nn.functional.pad, pad=(wide - 7, 0))
+        roll.prompt_NP = pad(roll.prompt_NP[:, -7:], value=258)
+        roll.real_NP = pad(roll.real_NP[:, -7:], value=False)
+        moves = egspo.choose_moves(roll, cfg, policy, 0, range(N))
+        assert moves.prompt_SP.shape == (2 * N, wide)
+        hidden.append(moves.prompt_SP[:, -7:])
+    assert (hidden[0] == 257).any() and all(torch.equal(hidden[0], other) for other in hidden[1:])
+
+
 def test_diffu_grpo_does_not_count_tokens_after_the_first_end(toy):
     cfg = settings(method="diffu_grpo", mu=2)
     net = run.load_policy(cfg, str(toy), CPU)[0]
