@@ -1,10 +1,14 @@
 """Given tokens, what are the logits; how do weights get in and out?
 
-One bidirectional transformer serves both published families of masked diffusion language models:
+One bidirectional transformer serves two families of masked diffusion language models:
 
-  LLaDA  LLaDA-8B-Base, LLaDA-8B-Instruct, LLaDA-1.5 (arXiv 2502.09992)
-  Dream  Dream-v0-Instruct-7B (arXiv 2508.15487): Qwen2.5's layout; its logits at position i are for
-         the token at i + 1. `features` undoes that shift, so both families are aligned here.
+  llada    LLaDA-8B-Base, LLaDA-8B-Instruct, LLaDA-1.5 (arXiv 2502.09992)
+  decoder  what was adapted from an autoregressive model, in the layout of Qwen2, Qwen3 or Llama:
+           Dream-v0-Instruct-7B (arXiv 2508.15487), DiffuCoder, open-dcoder, dllm-hub's a2d-*
+
+Logits at position i are for the token there, or for i + 1 where the shift of the autoregressive
+model was kept; `features` undoes that, so all are aligned here. Shifted are Dream and what still
+calls itself qwen2, qwen3 or llama, not LLaDA and a2d-*; `shift_logits` in config.json overrides.
 
 Written by hand so that no code comes from a hub, every shape is static (torch.compile sees one
 graph) and a row's result does not depend on its batch-mates. No dropout.
@@ -23,8 +27,8 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +49,7 @@ Quantize = Literal["none", "nf4"]
 class Architecture:
     """What the network needs of a published config.json; `raw` is the file, for `save`."""
 
-    family: str  # "llada" or "dream": which published names, which alignment
+    family: str  # "llada" or "decoder": which published names
     vocab_size: int  # rows of the embedding and of the head
     n_tokens: int  # of these, ids that stand for a token; the rest only rounds the matrices up
     mask_id: int
@@ -56,13 +60,14 @@ class Architecture:
     n_layers: int
     n_heads: int
     n_kv_heads: int
+    d_head: int
     rope_theta: float
     norm_eps: float
     tied: bool  # the head is the embedding
+    shifted: bool  # what the head says at i is for i + 1
     scale_logits: bool  # divide the logits by sqrt(d_model)
-    bias: bool  # linear maps have biases,
-    bias_qkv: bool  # these three anyway,
-    bias_norm: bool  # and norms
+    qk_norm: bool  # queries and keys are normalised, head by head
+    biased: frozenset[str]  # which of qkv, out, mlp, unembed and norm have biases
     raw: dict = field(repr=False, compare=False)
 
 
@@ -76,36 +81,80 @@ FIXED = {
     "hidden_act": "silu",
     "input_emb_norm": False,
     "layer_norm_type": "rms",
+    "layer_types": "full_attention",
     "rope": True,
-    "rope_scaling": None,
+    "rope_type": "default",
     "use_sliding_window": False,
 }
+SHIFTED = "dream", "qwen2", "qwen3", "llama"  # model_types of the decoder layout, by alignment
+ALIGNED = "a2d-qwen2", "a2d-qwen3", "a2d-llama"
+BLOCKWISE = "its attention is causal from block to block"
+UNSERVED = {  # how a model_type begins, and why this network cannot be that model
+    "llada2": f"it has experts, and {BLOCKWISE}",
+    "sdar": BLOCKWISE,
+    "fast_dllm": BLOCKWISE,
+    "diffusion_gemma": "it has no mask token, and starts from random ones",
+}
+MASKS = "<|mask|>", "[MASK]", "<|MASK|>"  # what tokenizers call it where they do not say which
+
+
+def read_config(file: Path) -> Architecture:
+    """A published config.json. Where it does not say what the mask is, the tokenizer beside it
+    does, and `raw` says so from then on."""
+    raw, folder = read_json(file), file.parent
+    published_as = folder.parents[1].name if folder.parent.name == "snapshots" else folder.name
+    if "bd3lm" in published_as.lower():  # whose config.json is no different
+        raise ValueError(f"{published_as}: block diffusion (bd3lm) is not served: {BLOCKWISE}")
+    kind = str(raw.get("model_type")).lower()
+    if kind in SHIFTED + ALIGNED and raw.get("mask_token_id") is None:
+        with suppress(Exception):  # none there, or a damaged one: so there is no mask
+            tokenizer = load_tokenizer(folder)
+            ids = [tokenizer.mask_token_id, *map(tokenizer.get_added_vocab().get, MASKS)]
+            raw["mask_token_id"] = next(i for i in ids if i is not None)
+    return parse_config(raw, str(file))
 
 
 def parse_config(raw: dict, source: str = "config") -> Architecture:
     """Read a published config. ValueError names the field that is missing or not served here."""
-    families = {"llada": _llada, "dream": _dream}
-    family = str(raw.get("model_type")).lower()
-    if family not in families:
-        raise ValueError(f"{source}: model_type {raw.get('model_type')!r} is not llada or Dream")
+    kind, rope = str(raw.get("model_type")).lower(), rope_of(raw)
+    for start, why in UNSERVED.items():
+        if kind.startswith(start):
+            raise ValueError(f"{source}: model_type {raw['model_type']!r} is not served: {why}")
+    if raw.get("num_experts"):  # LLaDA-MoE calls itself llada
+        raise ValueError(f"{source}: num_experts {raw['num_experts']}: experts are not served")
+    if kind not in ("llada", *SHIFTED, *ALIGNED):
+        known = "llada, Dream, qwen2, qwen3, llama or a2d-..."
+        raise ValueError(f"{source}: model_type {raw.get('model_type')!r} is not {known}")
+    windows = [layer for layer in raw.get("layer_types") or () if layer != "full_attention"]
+    said = raw | dict(layer_types=windows[0] if windows else None)
+    said["rope_type"] = rope.get("rope_type", rope.get("type"))
     for key, value in FIXED.items():
-        if raw.get(key) not in (None, value):
-            raise ValueError(f"{source}: {key} {raw[key]!r} is not supported, only {value!r}")
+        if said.get(key) not in (None, value):
+            raise ValueError(f"{source}: {key} {said[key]!r} is not supported, only {value!r}")
+    shifted = raw.get("shift_logits", kind in SHIFTED)
+    if not isinstance(shifted, bool):
+        raise ValueError(f"{source}: shift_logits {shifted!r} is neither true nor false")
+    family, parts = ("llada", _llada) if kind == "llada" else ("decoder", _decoder)
     try:
         eos_id, pad_id = raw["eos_token_id"], raw.get("pad_token_id")
         eos_id = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
         pad_id = eos_id if pad_id is None else pad_id
-        c = Architecture(
-            **families[family](raw), family=family, eos_id=eos_id, pad_id=pad_id, raw=raw
-        )
+        ids = dict(eos_id=eos_id, pad_id=pad_id)
+        c = Architecture(**parts(raw), **ids, family=family, shifted=shifted, raw=raw)
     except KeyError as missing:
         raise ValueError(f"{source}: {missing} is missing") from None
     except ValueError as contradiction:
         raise ValueError(f"{source}: {contradiction} contradict each other") from None
+    if c.mask_id is None:
+        raise ValueError(
+            f"{source}: no mask_token_id, and no tokenizer there that has a mask token: an"
+            " autoregressive model must first be adapted to masked diffusion, with sft.py"
+        )
     for name in ("vocab_size", "d_model", "d_mlp", "n_layers", "n_heads", "n_kv_heads"):
         if not isinstance(getattr(c, name), int) or getattr(c, name) < 1:
             raise ValueError(f"{source}: {name} {getattr(c, name)!r} is not a positive number")
-    if c.d_model % (2 * c.n_heads) or c.n_heads % c.n_kv_heads:
+    d_head = c.d_head or c.d_model / c.n_heads
+    if d_head % 2 or c.n_heads % c.n_kv_heads:
         raise ValueError(
             f"{source}: width {c.d_model}, {c.n_heads} heads, {c.n_kv_heads} key/value heads: each"
             " must be a multiple of the next, and a head's width even"
@@ -113,7 +162,12 @@ def parse_config(raw: dict, source: str = "config") -> Architecture:
     for name, token in (("mask", c.mask_id), ("eos", eos_id), ("pad", pad_id)):
         if not isinstance(token, int) or not 0 <= token < c.vocab_size:
             raise ValueError(f"{source}: {name}_token_id {token} is not below {c.vocab_size}")
-    return c
+    return replace(c, d_head=int(d_head))
+
+
+def rope_of(raw: dict) -> dict:
+    """What is said of the rotation beside rope_theta; transformers 5 puts that there too."""
+    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
 
 
 def _llada(raw: dict) -> dict:
@@ -124,6 +178,9 @@ def _llada(raw: dict) -> dict:
             raise ValueError(f"n_kv_heads {n_kv_heads} and multi_query_attention {multi_query}")
         n_kv_heads = shared
     bias, bias_norm = raw.get("include_bias", False), raw.get("bias_for_layer_norm")
+    biased = {"qkv", "out", "mlp", "unembed"} if bias else set()
+    biased |= {"qkv"} if raw.get("include_qkv_bias") else set()
+    biased |= {"norm"} if (bias if bias_norm is None else bias_norm) else set()
     return dict(
         vocab_size=raw.get("embedding_size") or raw["vocab_size"],
         n_tokens=raw["vocab_size"],
@@ -133,33 +190,39 @@ def _llada(raw: dict) -> dict:
         n_layers=raw["n_layers"],
         n_heads=raw["n_heads"],
         n_kv_heads=n_kv_heads or raw["n_heads"],
+        d_head=None,
         rope_theta=raw["rope_theta"],
         norm_eps=raw.get("rms_norm_eps", 1e-5),
         tied=raw.get("weight_tying", False),
         scale_logits=raw.get("scale_logits", False),
-        bias=bias,
-        bias_qkv=bias or raw.get("include_qkv_bias", False),
-        bias_norm=bias if bias_norm is None else bias_norm,
+        qk_norm=False,
+        biased=frozenset(biased),
     )
 
 
-def _dream(raw: dict) -> dict:
+def _decoder(raw: dict) -> dict:
+    kind = raw["model_type"].lower().removeprefix("a2d-")
+    if kind in ("dream", "qwen2"):
+        biased = {"qkv"}
+    else:
+        biased = {"qkv", "out"} if raw.get("attention_bias") else set()
+        biased |= {"mlp"} if raw.get("mlp_bias") and kind == "llama" else set()
     return dict(
         vocab_size=raw["vocab_size"],
         n_tokens=raw["vocab_size"],
-        mask_id=raw.get("mask_token_id", 151666),
+        mask_id=raw.get("mask_token_id", 151666 if kind == "dream" else None),
         d_model=raw["hidden_size"],
         d_mlp=raw["intermediate_size"],
         n_layers=raw["num_hidden_layers"],
         n_heads=raw["num_attention_heads"],
         n_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        rope_theta=raw["rope_theta"],
+        d_head=raw.get("head_dim") or (128 if kind == "qwen3" else None),
+        rope_theta=rope_of(raw).get("rope_theta") or raw["rope_theta"],
         norm_eps=raw.get("rms_norm_eps", 1e-6),
         tied=raw.get("tie_word_embeddings", False),
         scale_logits=False,
-        bias=False,
-        bias_qkv=True,
-        bias_norm=False,
+        qk_norm=kind == "qwen3",
+        biased=frozenset(biased),
     )
 
 
@@ -224,18 +287,22 @@ class Block(nn.Module):
 
     def __init__(self, c: Architecture):
         super().__init__()
-        self.d_head = c.d_model // c.n_heads
+        self.d_head = c.d_head
         self.group = c.n_heads // c.n_kv_heads  # query heads that share a key/value head
-        d_kv = self.d_head * c.n_kv_heads
-        self.attn_norm = RMSNorm(c.d_model, c.norm_eps, c.bias_norm)
-        self.q = nn.Linear(c.d_model, c.d_model, bias=c.bias_qkv)
-        self.k = nn.Linear(c.d_model, d_kv, bias=c.bias_qkv)
-        self.v = nn.Linear(c.d_model, d_kv, bias=c.bias_qkv)
-        self.out = nn.Linear(c.d_model, c.d_model, bias=c.bias)
-        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps, c.bias_norm)
-        self.gate = nn.Linear(c.d_model, c.d_mlp, bias=c.bias)
-        self.up = nn.Linear(c.d_model, c.d_mlp, bias=c.bias)
-        self.down = nn.Linear(c.d_mlp, c.d_model, bias=c.bias)
+        d_q, d_kv = c.d_head * c.n_heads, c.d_head * c.n_kv_heads
+        qkv, out, mlp, norm = (part in c.biased for part in ("qkv", "out", "mlp", "norm"))
+        self.attn_norm = RMSNorm(c.d_model, c.norm_eps, norm)
+        self.q = nn.Linear(c.d_model, d_q, bias=qkv)
+        self.k = nn.Linear(c.d_model, d_kv, bias=qkv)
+        self.v = nn.Linear(c.d_model, d_kv, bias=qkv)
+        self.q_norm, self.k_norm = (
+            RMSNorm(c.d_head, c.norm_eps, False) if c.qk_norm else nn.Identity() for _ in range(2)
+        )
+        self.out = nn.Linear(d_q, c.d_model, bias=out)
+        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps, norm)
+        self.gate = nn.Linear(c.d_model, c.d_mlp, bias=mlp)
+        self.up = nn.Linear(c.d_model, c.d_mlp, bias=mlp)
+        self.down = nn.Linear(c.d_mlp, c.d_model, bias=mlp)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None,
@@ -244,7 +311,7 @@ class Block(nn.Module):
         h = self.attn_norm(x)
         qkv = self.q(h), self.k(h), self.v(h)
         q, k, v = (t.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for t in qkv)
-        q, k = turn(q, cos, sin), turn(k, cos, sin)
+        q, k = turn(self.q_norm(q), cos, sin), turn(self.k_norm(k), cos, sin)
         if cache:  # x holds the positions at_J only; the others' keys and values are old
             k, v = (old.index_copy_(2, at_J, new) for old, new in zip(cache, (k, v)))
         elif cache is not None:
@@ -268,10 +335,11 @@ class Transformer(nn.Module):
         self.register_buffer("ends", None, persistent=False)  # ids that end a turn
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, config.norm_eps, config.bias_norm)
+        self.norm = RMSNorm(config.d_model, config.norm_eps, "norm" in config.biased)
         self.unembed = None
         if not config.tied:
-            self.unembed = nn.Linear(config.d_model, config.vocab_size, bias=config.bias)
+            bias = "unembed" in config.biased
+            self.unembed = nn.Linear(config.d_model, config.vocab_size, bias=bias)
 
     def features(
         self, ids_NL: Tensor, real_NL: Tensor | None = None,
@@ -295,10 +363,10 @@ class Transformer(nn.Module):
             place_NL, seen = torch.arange(ids_NL.shape[1], device=ids_NL.device)[None], None
         else:
             place_NL, seen = real_NL.cumsum(1) - 1, real_NL[:, None, None, :]
-        cos, sin = rotary(place_NL, c.d_model // c.n_heads, c.rope_theta)
+        cos, sin = rotary(place_NL, c.d_head, c.rope_theta)
         x, narrow = self.embed(ids_NL), bool(cache and cache[0])
         if narrow:
-            if c.family == "dream":  # the feature before the first is needed too
+            if c.shifted:  # the feature before the first is needed too
                 at_J = torch.cat((at_J[:1] - 1, at_J))
             x, place_NL = x[:, at_J], place_NL[:, at_J]
             cos, sin = cos[:, :, at_J], sin[:, :, at_J]
@@ -309,7 +377,7 @@ class Transformer(nn.Module):
             else:
                 x = block(x, cos, sin, seen, at_J, kept)
         x = self.norm(x)
-        if c.family == "dream":  # says at i - 1 what stands at i; the first has only itself to ask
+        if c.shifted:  # says at i - 1 what stands at i; the first has only itself to ask
             x = torch.where(place_NL[..., None] > 0, x.roll(1, dims=1), x)
             x = x[:, 1:] if narrow else x
         return x if at_J is None or narrow else x[:, at_J]
@@ -346,7 +414,7 @@ def from_config(
         file = Path(config) / "config.json" if Path(config).is_dir() else Path(config)
         if not file.is_file():
             raise FileNotFoundError(f"--model {config}: no config.json there")
-        parsed = parse_config(read_json(file), str(file))
+        parsed = read_config(file)
     check_quantize(quantize, device)
     net = skeleton(parsed, dtype).to_empty(device=device)
     initialise(net)
@@ -483,13 +551,15 @@ def pick(x_SJD: Tensor, at_SR: Tensor) -> Tensor:
 
 # ---- names and files -----------------------------------------------------------------------------
 
-NAMES = {  # our word for a part of a tensor's name: LLaDA's, Dream's; other parts are the same
+NAMES = {  # our word for a part of a tensor's name: LLaDA's, the decoders'; others are the same
     "embed": ("model.transformer.wte", "model.embed_tokens"),
     "blocks": ("model.transformer.blocks", "model.layers"),
     "attn_norm": ("attn_norm", "input_layernorm"),
     "q": ("q_proj", "self_attn.q_proj"),
     "k": ("k_proj", "self_attn.k_proj"),
     "v": ("v_proj", "self_attn.v_proj"),
+    "q_norm": ("", "self_attn.q_norm"),
+    "k_norm": ("", "self_attn.k_norm"),
     "out": ("attn_out", "self_attn.o_proj"),
     "mlp_norm": ("ff_norm", "post_attention_layernorm"),
     "gate": ("ff_proj", "mlp.gate_proj"),
@@ -502,11 +572,12 @@ NAMES = {  # our word for a part of a tensor's name: LLaDA's, Dream's; other par
 
 def published(name: str, family: str) -> str:
     """blocks.0.q.weight -> model.transformer.blocks.0.q_proj.weight, and the like."""
-    column = ("llada", "dream").index(family)
+    column = ("llada", "decoder").index(family)
     return ".".join(NAMES[part][column] if part in NAMES else part for part in name.split("."))
 
 
-KINDS = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # files of a model
+SMALL = ("*.json", "*.txt", "*.jinja")  # files of a model, but for the weights
+KINDS = (*SMALL, "*.safetensors")
 
 
 def find_folder(path: str | Path, kinds: Iterable[str] = KINDS) -> Path:
@@ -573,9 +644,12 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(weight_map.values()))]
 
 
-def check_tensors(files: list[Path], shapes: dict[str, torch.Size]) -> None:
-    """ValueError unless the files hold exactly these tensors in these shapes (headers only)."""
-    missing = dict(shapes)
+def check_tensors(
+    files: list[Path], shapes: dict[str, torch.Size], spare: str | None = None
+) -> None:
+    """ValueError unless the files hold exactly these tensors in these shapes (headers only); the
+    `spare` one may be absent."""
+    missing = {name: shape for name, shape in shapes.items() if name != spare}
     for file in files:
         with opened(file) as tensors:
             for name in tensors.keys():
@@ -622,11 +696,14 @@ def load(
             f"--model {folder}: no config.json there, so it is not a model's folder"
         )
     check_quantize(quantize, device)
-    config = parse_config(read_json(config_file), str(config_file))
+    config = read_config(config_file)
     net = skeleton(config, dtype)
     ours = {published(name, config.family): name for name, _ in net.named_parameters()}
+    spare = published("unembed.weight", config.family) if config.tied else None
+    if spare:  # some store the head although it is the embedding
+        ours[spare] = "embed.weight"
     files = weight_files(folder)
-    check_tensors(files, {name: net.get_parameter(ours[name]).shape for name in ours})
+    check_tensors(files, {name: net.get_parameter(ours[name]).shape for name in ours}, spare)
     for file in files:
         with opened(file) as tensors:
             for name in tensors.keys():
@@ -635,7 +712,9 @@ def load(
                 if quantize != "none" and parent.startswith("blocks.") and tensor.dim() == 2:
                     net.set_submodule(parent, quantized(owner, tensor, device))
                 else:  # copied: on the CPU, what was read is a view of the mapped file
-                    tensor = tensor.to(device, dtype, copy=True)
+                    tensor, held = tensor.to(device, dtype, copy=True), getattr(owner, leaf)
+                    if not held.is_meta and not torch.equal(held, tensor):
+                        raise ValueError(f"{file}: {name} is not the embedding, but tied to it")
                     setattr(owner, leaf, nn.Parameter(tensor))
     net.never_V, net.ends = never_emitted(config, device), torch.tensor([config.eos_id]).to(device)
     if folder != Path(path) and folder.parent.name == "snapshots":
@@ -691,7 +770,9 @@ def chat_ids(
     system message, and with the beginning of the answer, where there are any."""
     first = [{"role": "system", "content": system}] if system else []
     chats = [[*first, {"role": "user", "content": prompt}] for prompt in prompts]
-    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    texts = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=False, enable_thinking=False
+    )  # Qwen3's template begins the answer with an empty thought; others ignore the last word
     return tokenizer([text + answer for text in texts], add_special_tokens=False)["input_ids"]
 
 
@@ -895,7 +976,11 @@ def save_lora(net: Transformer, folder: Path) -> None:
         tensors[f"{PREFIX}{published(name, family)}.lora_B.weight"] = lora.lora_B.detach()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     source, revision = net.origin
-    one = next(iter(loras.values()))
+    one, places = next(iter(loras.values())), sorted(published(name, family) for name in loras)
+    excluded = None if "unembed" in loras else [published("unembed", family)]
+    targets = sorted({place.split(".")[-1] for place in places})
+    maps = [published(n, family) for n, m in net.named_modules() if isinstance(m, nn.Linear | LoRA)]
+    meant = {place for place in maps if place.split(".")[-1] in targets} - set(excluded or ())
     config = dict(
         peft_type="LORA",
         task_type=None,  # any module tree: a task would make PEFT ask the model for `generate`
@@ -907,9 +992,10 @@ def save_lora(net: Transformer, folder: Path) -> None:
         bias="none",
         fan_in_fan_out=False,
         inference_mode=True,
-        target_modules=sorted({published(name, family).split(".")[-1] for name in loras}),
-        # PEFT matches by ending, and LLaDA's head ends like a block's last map
-        exclude_modules=None if "unembed" in loras else [published("unembed", family)],
+        # PEFT matches by ending, and LLaDA's head ends like a block's last map; endings would
+        # make adapters of zeros where only some blocks are adapted
+        target_modules=targets if meant == set(places) else places,
+        exclude_modules=excluded,
     )
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 

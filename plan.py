@@ -17,7 +17,7 @@ from events import say
 def forward_flops(net: nn.Module, L: int, positions: int) -> float:
     """Of one row: each weight of a block times each token, attention, and the head where asked."""
     c, weights = net.config, sum(map(model.size, net.blocks.parameters()))
-    attention = 4 * c.n_layers * c.d_model * L**2
+    attention = 4 * c.n_layers * c.n_heads * c.d_head * L**2
     return 2 * weights * L + attention + 2 * positions * c.d_model * c.vocab_size
 
 
@@ -44,7 +44,7 @@ def step_cost(
 
 def plan(cfg: Config, bf16: bool, ranks: int = 1) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes at the peak of a rank by part, FLOPs of its step by phase, from shapes alone."""
-    folder = model.find_folder(cfg.model, ["config.json"])
+    folder = model.find_folder(cfg.model, model.SMALL)
     net = model.from_config(folder, "meta")
     wide, d_ff = 2 if bf16 else 4, net.blocks[0].up.out_features
     if cfg.lora_r:

@@ -17,14 +17,15 @@ CONFIG = dict(
 )  # fmt: skip
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer(mask: str = MASK, said: bool = True) -> PreTrainedTokenizerFast:
+    """`said`: that this added token is the mask."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     spelling = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     spelling.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     spelling.decoder = decoders.ByteLevel()
-    spelling.add_special_tokens([END, MASK, PAD])
+    spelling.add_special_tokens([END, mask, PAD])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=spelling, eos_token=END, mask_token=MASK, pad_token=PAD
+        tokenizer_object=spelling, eos_token=END, pad_token=PAD, mask_token=mask if said else None
     )
     tokenizer.chat_template = "{{ messages[0]['content'] + '\n' }}"
     return tokenizer
