@@ -9,6 +9,7 @@ what one of them wants otherwise. A checkpoint inherits the task and the sizes o
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import itertools
 import json
@@ -39,6 +40,7 @@ class Settings:
     eval_every: int = 50  # steps between evaluations on the validation split
     eval_n: int = 0  # problems of an evaluation; 0: the whole split
     test: bool = True  # evaluate the test split once, after the last step
+    eval_also: tuple[str, ...] = ()  # other tasks to evaluate too, on their validation splits
     save_every: int = 50  # steps between checkpoints; the best is one that was evaluated too
     keep: int = 3  # newest checkpoints kept, beside the best on the validation split
 
@@ -84,6 +86,7 @@ class Settings:
     weights: str = ""  # of the parts of a reward, such as correct=2,format=5; the others weigh 1
     unsafe_code: bool = False  # run code rewards even without seccomp and Landlock
     log_live: float = 4.0  # live denoising events a second; 0 turns them off
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # show the metrics there too
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,10 @@ class Config(Settings):
 
     def __post_init__(self):
         check = checker(self)
-        check(self.task in data.TASKS, "task", f"choose one of {' '.join(data.TASKS)}")
+        known = f"choose one of {' '.join(data.TASKS)}"
+        check(self.task in data.TASKS, "task", known)
+        others = self.eval_also
+        check({*others} <= {*data.TASKS} - {self.task}, "eval_also", f"{known}, but --task itself")
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal:
                 choices = " ".join(get_args(hint))
@@ -108,6 +114,8 @@ class Config(Settings):
         check(0 <= self.eps_low < 1, "eps_low", "must be in [0, 1)")
         check(not self.data or Path(self.data).is_file(), "data", "no such file")
         check(not self.data_dir or Path(self.data_dir).is_dir(), "data_dir", "no such folder")
+        there = self.track == "none" or importlib.util.find_spec(self.track)
+        check(there, "track", f"not installed: pip install {self.track}")
         check(self.G >= 2, "G", "a group needs at least 2 samples to compare")
         object.__setattr__(self, "prompt", template_text(self.prompt))
         weights = self.weights == "" or all(map(WEIGHT.fullmatch, self.weights.split(",")))
@@ -361,6 +369,13 @@ def model_settings(path: str, task: str, method: str) -> Settings:
     return configure(file, settings | dict(model=path, task=task, method=method))
 
 
+def for_task(cfg: Config, task: str) -> Config:
+    """The same sizes for another task, which is asked as it is by default."""
+    asked = model_settings(cfg.model, task, cfg.method)
+    own = dict(prompt=asked.prompt, train_set=asked.train_set, weights="", data="", P=0)
+    return replace(cfg, task=task, eval_also=(), **own)
+
+
 def of_run(out: str) -> Settings:
     """The settings of the run in this folder; flags may change them."""
     if not out:
@@ -378,6 +393,9 @@ def configure(file: str, settings: dict) -> Settings:
         if name not in hints:
             raise ValueError(f"{file}: not of this version (no setting is called {name})")
         kind = type(getattr(plain, name))
+        if kind is tuple and type(value) is list:
+            settings = settings | {name: tuple(map(str, value))}
+            continue
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise ValueError(f"{file}: {name} {value!r} is not of type {kind.__name__}")
         choices = get_args(hints[name])

@@ -23,9 +23,10 @@ Every event begins with `e`, its kind, `q`, its number in the file, and `ts`, un
   group    all samples of a prompt: it, p; text and rw of each
   step     it; m, the metrics; ent, the mean entropy of each denoising step; sel, by how many rows
            each was selected; n rows of this rank
-  eval     it = step, the updates made; split; n problems; m: accuracy with its 95 % interval lo to
-           hi, reward and its parts, tokens, forwards, seconds, tok_s; in training also kl/uniform,
-           the KL to the reference in nats a token, at steps drawn uniformly
+  eval     it = step, the updates made; split (val, test, or a task of --eval-also); n problems; m:
+           accuracy with its 95 % interval lo to hi, reward and its parts, tokens, forwards,
+           seconds, tok_s; in training also kl/uniform, the KL to the reference in nats a token, at
+           steps drawn uniformly
   ckpt     it, path: a checkpoint is complete on disk
   alert    it, level, msg
   hb       pid: still alive, where nothing was written for 15 s
@@ -53,6 +54,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import importlib
 import json
 import math
 import os
@@ -97,6 +99,7 @@ class EventLog:
         self.q = self.it = self.lost = 0
         self.torn = False
         self.compute: dict[str, float] = {}  # since the run began
+        self.track = lambda m, step: None  # see `tracker`
         self.wrote = self.shown = time.monotonic()
         self.seconds: dict[str, float] = {}
         self.pace: list[float] = []
@@ -172,6 +175,8 @@ class EventLog:
             cfg=dataclasses.asdict(cfg),
             resume=resume,
         )
+        if self.fd is not None and cfg.track != "none":
+            self.track = tracker(cfg, resume)
 
     @contextlib.contextmanager
     def phase(self, step: int, name: str):
@@ -261,6 +266,7 @@ class EventLog:
             live_NK = entropy_NT.gather(1, t_NK) > -math.inf
             selected = t_NK[live_NK].bincount(minlength=cfg.T).tolist()
         self.write("step", it=step, m=m, ent=mean_by_step(entropy_NT), sel=selected, n=N)
+        self.track(m, step)
         kl = f"  kl {m['kl']:.4f}" if "kl" in m else ""
         say(
             f"step {step + 1:>4}/{cfg.steps}  reward {m['reward/mean']:.3f}"
@@ -301,6 +307,7 @@ class EventLog:
 
     def eval(self, step: int, m: dict[str, float], split: str) -> None:
         self.write("eval", it=step, m=m, n=m["n"], split=split, step=step)
+        self.track({f"eval/{split}/{name}": value for name, value in m.items()}, step)
         say(
             f"{split:<4} {step:>4}/{self.cfg.steps}  accuracy {m['accuracy']:.3f}"
             f" [{m['lo']:.3f}, {m['hi']:.3f}]"
@@ -312,6 +319,20 @@ class EventLog:
         if status == "crashed":
             self.write("alert", it=self.it, level="error", msg=error)
         self.write("end", status=status, it=self.it, err=error, durable=True)
+
+
+def tracker(cfg, resume: int | None) -> Callable[[dict, int], None]:
+    """Shows the metrics of a step elsewhere too (--track), under the run's name; a run that is
+    resumed goes on there. The log stays the source."""
+    if cfg.track == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(Path(cfg.out) / "tensorboard"), purge_step=resume)
+        return lambda m, step: [board.add_scalar(name, x, step) for name, x in m.items()]
+    service, name = importlib.import_module(cfg.track), Path(cfg.out).name
+    same = {"id": name} if cfg.track == "wandb" else {}  # trackio goes by the name
+    service.init(project="egspo", name=name, resume="allow", config=dataclasses.asdict(cfg), **same)
+    return lambda m, step: service.log(m, step=step)
 
 
 def encode(fields: dict) -> str:
@@ -498,6 +519,9 @@ class History:
                     self.evals[it] = evaluated
                 else:
                     self.tests[str(told["split"])] = {"it": it} | evaluated
+                if told["split"] not in ("", "val", "test"):  # of --eval-also: a curve of its own
+                    series = self.series.setdefault(f"eval/{told['split']}", {})
+                    series[it] = evaluated["accuracy"]
                 self.edition += 1
             case "alert":
                 self.alerts.append((it, str(event.get("level", "warn")), str(event["msg"])))

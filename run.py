@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import data
 import model
-from config import Config, Mode, bring_defaults, carry_on, model_name
+from config import Config, Mode, bring_defaults, carry_on, for_task, model_name
 from events import EventLog, compact, git_commit, say
 from plan import step_cost
 
@@ -342,6 +342,7 @@ class Run:
     test_set: list[data.Problem]
     train_set: list[data.Problem] = ()
     val_set: list[data.Problem] = ()
+    others: dict[str, tuple[Config, list]] = field(default_factory=dict)  # tasks of --eval-also
     reference: Callable | None = None  # () -> context manager: the network without what was learnt
     optimizer: torch.optim.Optimizer | None = None
     log: EventLog | None = None
@@ -424,8 +425,12 @@ def load_run(cfg: Config, ranks: Ranks, resume: bool) -> tuple[Run, int]:
             raise ValueError(f"--resume: {checkpoint} was written with {flag}: add that flag")
     train_set, val_set = load_problems(cfg, "train"), load_problems(cfg, "val", cfg.eval_n)
     test_set = load_problems(cfg, "test", cfg.eval_n) if cfg.test else []
+    others = {task: for_task(cfg, task) for task in cfg.eval_also}
+    others = {task: (own, load_problems(own, "val", cfg.eval_n)) for task, own in others.items()}
     policy, tokenizer = load_policy(cfg, str(checkpoint or cfg.model), ranks.device)
     cfg = measured(cfg, policy, train_set + val_set + test_set, tokenizer)
+    for task, (own, problems) in others.items():
+        others[task] = measured(own, policy, problems, tokenizer), problems
     bf16 = use_bf16(cfg.precision, ranks.device)
     if cfg.shard:  # before the reference is loaded: never two whole networks at a time
         shard(policy, bf16, ranks)
@@ -442,8 +447,8 @@ def load_run(cfg: Config, ranks: Ranks, resume: bool) -> tuple[Run, int]:
     log.begin(cfg, name, ranks, tokenizer, ends, start if resume else None)
     introduce(cfg, policy, ranks, start)
     run = Run(
-        cfg, policy, tokenizer, ranks, test_set, train_set, val_set, reference, optimizer, log,
-        StopSignal(),
+        cfg, policy, tokenizer, ranks, test_set, train_set, val_set, others, reference, optimizer,
+        log, StopSignal(),
     )  # fmt: skip
     return run, start
 
@@ -584,17 +589,16 @@ def between_steps(run: Run, step: int, start: int, evaluate: Callable) -> None:
             save_checkpoint(run, step)
     if stopping:
         raise stopped(run)
-    splits = {}
-    if step % cfg.eval_every == 0 or last:
-        splits["val"] = run.val_set
+    if step % cfg.eval_every and not last:
+        return
+    splits, told = {"val": (cfg, run.val_set), **run.others}, {}
     if last and run.test_set:
-        splits["test"] = run.test_set
-    for split, problems in splits.items():
+        splits["test"] = cfg, run.test_set
+    for split, (asked, problems) in splits.items():
         with run.log.phase(step, "eval"):
-            m = evaluate(run, problems, cfg)
-        run.log.eval(step, m, split)
-        if split == "val":
-            note_validation(run, step, m)
+            told[split] = evaluate(replace(run, cfg=asked), problems, asked)
+        run.log.eval(step, told[split], split)
+    note_validation(run, step, told)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -688,15 +692,16 @@ def prune(folder: Path, keep: int) -> None:
             shutil.rmtree(old)
 
 
-def note_validation(run: Run, step: int, m: dict[str, float]) -> None:
-    """Write the score into the step's checkpoint, if it has one; `best` follows the accuracy."""
-    folder = Path(run.cfg.out) / "checkpoints"
+def note_validation(run: Run, step: int, told: dict[str, dict]) -> None:
+    """Write what was told of each split into the step's checkpoint, if it has one; `best` follows
+    the accuracy on the validation split."""
+    folder, m = Path(run.cfg.out) / "checkpoints", told["val"]
     if run.ranks.rank > 0 or not (folder / f"step-{step}").exists():
         return
     best = folder / "best" / "validation.json"
     record = json.loads(best.read_text())["accuracy"] if best.exists() else -1
-    told = {"step": step, "split": "val", **m}
-    (folder / f"step-{step}" / "validation.json").write_text(json.dumps(compact(told)) + "\n")
+    note = {"step": step, "split": "val", **m, "also": {task: told[task] for task in run.others}}
+    (folder / f"step-{step}" / "validation.json").write_text(json.dumps(compact(note)) + "\n")
     if m["accuracy"] > record:
         link(folder / "best", f"step-{step}")
 

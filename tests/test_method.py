@@ -4,9 +4,14 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import importlib.machinery
+import importlib.util
 import json
 import math
+import os
 import signal
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -19,6 +24,7 @@ import letters  # noqa: F401  a task in which even a random model earns somethin
 import model
 import run
 import score
+from events import Log
 from processes import SMALL, events, same, train
 from processes import run as start
 from toy import CONFIG, END, byte_tokenizer, toy_model
@@ -573,3 +579,59 @@ def test_normalised_advantages_are_divided_by_the_deviation_of_their_groups_rewa
         moves = egspo.choose_moves(act(policy, cfg), cfg, policy, 0, range(6))
         size_N = egspo.credit(moves, rewards, cfg).adv_SU.view(6, -1).abs().amax(1)
         assert (size_N.max() / size_N.min()).item() == pytest.approx(spread, rel=1e-3)
+
+
+# ---- other tasks, other places -------------------------------------------------------------------
+
+
+def test_other_tasks_are_evaluated_by_their_own_rewards_and_kept_with_the_checkpoint(
+    toy, tmp_path, monkeypatch
+):
+    changes = dict(eval_also=("sudoku",), steps=1, P=0, save_every=1, weights="late=2")
+    with opened(settings(model=str(toy), **changes), tmp_path / "run", monkeypatch) as the_run:
+        assert the_run.others["sudoku"][0].P > the_run.cfg.P  # its prompts are longer
+        egspo.train(the_run, 0)
+    told = [event for event in events(tmp_path / "run") if event["e"] == "eval"]
+    assert [(event["split"], event["it"]) for event in told] == [
+        (split, step) for step in (0, 1) for split in ("val", "sudoku")
+    ]
+    assert all(("reward/cells" in e["m"]) == (e["split"] == "sudoku") for e in told)
+    note = json.loads((tmp_path / "run/checkpoints/best/validation.json").read_text())
+    assert note["also"]["sudoku"] == told[-1]["m"] and note["reward"] == told[-2]["m"]["reward"]
+    log = Log(tmp_path / "run" / "events.jsonl")
+    log.poll()
+    assert list(log.history.series["eval/sudoku"]) == [0, 1]
+    assert run.Config(**vars(config.of_run(str(tmp_path / "run")))).eval_also == ("sudoku",)
+
+
+@pytest.mark.parametrize("service", ["wandb", "trackio"])
+def test_metrics_are_shown_in_the_same_run_of_a_service_before_and_after_a_resume(
+    toy, tmp_path, monkeypatch, service
+):
+    told, begun = {}, []
+    fake = types.ModuleType(service)
+    fake.__spec__ = importlib.machinery.ModuleSpec(service, None)
+    fake.init = lambda **options: begun.append(options)
+    fake.log = lambda m, step: told.setdefault(step, {}).update(m)
+    monkeypatch.setitem(sys.modules, service, fake)
+    cfg = settings(model=str(toy), track=service, steps=2, P=0)
+    with opened(cfg, tmp_path / "run", monkeypatch) as the_run:
+        egspo.train(the_run, 0)
+    the_run.log.fd = os.close(the_run.log.fd)  # its lock is the process's
+    again, start = run.open_run(dataclasses.replace(the_run.cfg, steps=3), the_run.ranks, True)
+    egspo.train(again, start)
+    logged = [(e["it"], e["m"]) for e in events(tmp_path / "run") if e["e"] == "step"]
+    assert [it for it, _ in logged] == [0, 1, 2]
+    for it, m in logged:
+        shown = {name: value for name, value in told[it].items() if name in m}
+        assert shown == pytest.approx(m, rel=1e-3)
+    assert {"eval/val/accuracy"} <= told[2].keys()
+    assert [options["name"] for options in begun] == ["run", "run"]
+    assert {options["resume"] for options in begun} == {"allow"}
+    assert service == "trackio" or {options["id"] for options in begun} == {"run"}
+
+
+def test_a_service_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--track wandb: not installed: pip install wandb"):
+        settings(track="wandb")
