@@ -797,5 +797,26 @@ def merge(cfg: Config) -> int:
     model.load_tokenizer(cfg.model).save_pretrained(cfg.out)
     model.bring_ends(cfg.model, cfg.out)
     bring_defaults(cfg.model, cfg.out)
-    say(f"written: {cfg.out}")
+    (Path(cfg.out) / "README.md").write_text(model_card(cfg))
+    say(f"written: {cfg.out}, with a README.md to complete; to publish it:")
+    say(f"  hf upload OWNER/{Path(cfg.out).name} {cfg.out}")
     return 0
+
+
+def model_card(cfg: Config) -> str:
+    """What a hub shows of a merged model: where it comes from, how it was trained and decoded, and
+    its score on the validation split, if that was taken."""
+    folder = model.find_folder(cfg.model)
+    base, file = model.adapter_base(folder), folder / "validation.json"
+    score = ""
+    if file.exists():
+        m = json.loads(file.read_text())
+        interval = f"95 % interval {m['lo']:.1%} to {m['hi']:.1%}, {m['n']} problems"
+        score = f"Validation accuracy {m['accuracy']:.1%} ({interval}), greedy decoding.\n"
+    return (
+        f"---\nbase_model: {base}\ntags: [masked-diffusion, reinforcement-learning]\n---\n"
+        f"# {Path(cfg.out).name}\n\n{base}, trained by reinforcement learning on {cfg.task} "
+        f"(EGSPO, arXiv 2603.12554): an adapter of rank {model.adapter_rank(cfg.model)}, merged "
+        f"into all weights.\nDecoded in {cfg.T} denoising steps of {cfg.C // cfg.T} tokens, blocks "
+        f"of {cfg.block}, {cfg.C} tokens in all.\n\n{score}"
+    )

@@ -635,3 +635,20 @@ def test_a_service_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--track wandb: not installed: pip install wandb"):
         settings(track="wandb")
+
+
+def test_a_merged_model_says_where_it_comes_from_and_how_it_is_published(
+    toy, tmp_path, monkeypatch, capsys
+):
+    cfg = settings(model=str(toy), lora_r=2, steps=1, save_every=1, P=0)
+    with opened(cfg, tmp_path / "run", monkeypatch) as the_run:
+        egspo.train(the_run, 0)
+    made, best = tmp_path / "mine", tmp_path / "run" / "checkpoints" / "best"
+    assert run.merge(dataclasses.replace(cfg, model=str(best), out=str(made))) == 0
+    assert f"hf upload OWNER/mine {made}" in capsys.readouterr().out
+    card, note = (
+        (made / "README.md").read_text(),
+        json.loads((best / "validation.json").read_text()),
+    )
+    assert card.startswith(f"---\nbase_model: {toy}\n") and "letters" in card and "rank 2" in card
+    assert f"{note['accuracy']:.1%}" in card and "2 problems" in card
