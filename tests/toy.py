@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -51,4 +52,15 @@ def toy_model(folder: Path, seed: int = 0, **changes) -> Path:
     }
     (folder / "defaults.json").write_text(json.dumps({"settings": defaults}))
     byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def hasty(folder, **changes):
+    """A toy model that often says the end, so that rows finish early and not together."""
+    file = toy_model(folder, **changes) / "model.safetensors"
+    tensors = load_file(file)
+    for name in ("model.transformer.ff_out.weight", "model.transformer.wte.weight"):
+        if name in tensors:
+            tensors[name][256] *= 4
+    save_file(tensors, file)
     return folder
