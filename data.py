@@ -232,10 +232,11 @@ def read(name: str, data_dir: str | None) -> list[Row]:
         name, _, revision = source.hub.partition("@")
         try:
             found = load_dataset(name, source.config, split=source.split, revision=revision)
-        except (OSError, ValueError) as error:  # no connection, and no copy in the cache
+        except Exception as error:  # unreachable, gated, cut short: each has its own class
             raise FileNotFoundError(
-                f"cannot get {name} from the hub ({type(error).__name__}): download its "
-                f"{source.split} split as JSON lines and put it into --data-dir as {source.file}"
+                f"cannot get {name} from the hub ({type(error).__name__}: "
+                f"{str(error).partition(chr(10))[0]}): download its {source.split} split as JSON "
+                f"lines and put it into --data-dir as {source.file}"
             ) from error
         rows = [Row(row, f"{name}, row {i}") for i, row in enumerate(found)]
     return [row for row in rows if source.ids is None or row.get("task_id") in source.ids]

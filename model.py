@@ -595,10 +595,14 @@ def find_folder(path: str | Path, kinds: Iterable[str] = KINDS) -> Path:
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the line below says it once
         try:
             return Path(snapshot_download(name, revision=revision or None, allow_patterns=[*kinds]))
-        except Exception as error:  # offline, unknown, gated, disk full: each has its own class
+        except Exception as error:  # offline, cut short, disk full: each has its own class
+            source, kind = f"https://huggingface.co/{name}", type(error).__name__
             at = f" at revision {revision}" if revision else ""
-            reason += f", and could not be fetched from the hub{at} ({type(error).__name__})"
-            source = f"https://huggingface.co/{name}"
+            reason += ", and " + {
+                "GatedRepoError": "gated on the hub: ask for access there, then `hf auth login`",
+                "RepositoryNotFoundError": "not on the hub, or private there (`hf auth login`)",
+                "RevisionNotFoundError": f"the hub has no revision {revision} of it",
+            }.get(kind, f"could not be fetched from the hub{at} ({kind})")
     raise FileNotFoundError(
         f"--model {path}: {reason}; put config.json, the *.safetensors and the tokenizer files of"
         f" {source} into a folder and pass --model FOLDER"
