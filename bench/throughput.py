@@ -164,17 +164,20 @@ def straightforward(net, optimizer, size: str, cfg: Config) -> None:
     optimizer.zero_grad()
 
 
-def iteration(size: str) -> dict:
+def iteration(size: str, readings: int = 3) -> dict:
+    """Both sides in turn, so that a neighbour's load falls on both; the ratio is the median's."""
     cfg, V = config(size), 340 if size == "tiny" else 126_464
-    slow_net = network(size, V, cfg)
-    slow = seconds(
-        lambda: straightforward(slow_net, running.make_optimizer(slow_net, cfg), size, cfg),
-        repeats=0,
-    )
-    net = ready(network(size, V, cfg), cfg)
-    optimizer = running.make_optimizer(net, cfg)
-    fast = seconds(lambda: ours(net, optimizer, size, cfg))
-    return dict(straightforward_s=slow, ours_s=fast, times_faster=slow / fast)
+    slow_net, net = network(size, V, cfg), ready(network(size, V, cfg), cfg)
+    slow_optimizer, optimizer = (running.make_optimizer(one, cfg) for one in (slow_net, net))
+    ours(net, optimizer, size, cfg)  # compiles
+    pairs = []
+    for _ in range(readings):
+        slow = seconds(lambda: straightforward(slow_net, slow_optimizer, size, cfg), repeats=0)
+        pairs.append((slow, seconds(lambda: ours(net, optimizer, size, cfg), repeats=0)))
+        print(f"straightforward {slow:.2f} s, ours {pairs[-1][1]:.2f} s", file=sys.stderr)
+    slow, fast = (statistics.median(times) for times in zip(*pairs))
+    ratio = statistics.median(slow / fast for slow, fast in pairs)
+    return dict(straightforward_s=slow, ours_s=fast, times_faster=ratio, readings=readings)
 
 
 # ---- against the floor ---------------------------------------------------------------------------

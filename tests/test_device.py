@@ -1,4 +1,4 @@
-"""On a device that is not the CPU nothing is mixed and the host seldom waits: on a pretended one."""
+"""On a device that is not the CPU nothing is mixed and the host seldom waits (a pretended one)."""
 
 import dataclasses
 import os
