@@ -1,120 +1,178 @@
-"""What does each idea contribute? Runs arms, tasks and seeds, and keeps what came out.
+"""What does each idea contribute? Runs arms, tasks and seeds, and says what came out.
 
-    python bench/study.py run exact [--processes 2] [--seeds 0 1 2] [--tasks sudoku ...]
-    python bench/study.py table exact
+    python bench/study.py run exact             stability of the exact likelihood; default settings
+    python bench/study.py run tune              each arm at three learning rates, on other seeds
+    python bench/study.py run planned           the arms of the planned contrasts, each at its best
+    python bench/study.py run rest              the other arms, ten seeds
+    python bench/study.py table GROUP           every run of a group, a line each
+    python bench/study.py report                bench/study.md: contrasts, tables, pictures
 
-A group (`exact`, ...) is some arms on some tasks; an arm is flags of egspo.py. Every run is a
-process of one thread, and a line of bench/study.jsonl when it has finished; runs with a line are
-not repeated, and one that was interrupted goes on where it was. So the command may be stopped at
-any time. The folders of the runs are under --runs, without the checkpoints of finished ones.
+Every run is a process of one thread and, when it has finished, a line of bench/study.jsonl; runs
+with a line are not repeated and one that was interrupted goes on where it was, so the command may
+be stopped at any time. --tasks, --arms, --seeds and --processes choose less. The folders of the
+runs are under --runs, without the checkpoints of finished ones.
+
+The statistic is the mean share solved on the validation split over the run, the area under its
+curve along samples or FLOPs. A seed decides batches and noise, and with them the whole first
+rollout, so runs are compared in pairs of equal seed: mean difference, 95 % interval by bootstrap,
+sign-flip test, Holm's correction over the planned contrasts of a task.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import numpy
 
 HERE = Path(__file__).resolve().parent
 RECORD = HERE / "study.jsonl"
 
-TASKS = {  # flags beside the embedded model's defaults
+DEFAULTS = {  # the embedded model's, as they are
     "sudoku": "--task sudoku",
     "countdown": "--task countdown",
     "toycode": "--task toycode",
 }
-ARMS = {
-    "default": "",
-    "mu2": "--mu 2",
-    "all": "--select all",
-    "all-mu2": "--select all --mu 2",
-    "exact": "--likelihood exact",
-    "exact-mu2": "--likelihood exact --mu 2",
-    "exact-all": "--likelihood exact --select all",
-    "exact-all-mu2": "--likelihood exact --select all --mu 2",
-    "minibatches": "--minibatches 4",
+SEPARATE = {  # one token a step, few selected, short: arms do not meet at the ceiling
+    "hard": "--task sudoku-hard --T 24 --K 2 --steps 12 --eval-every 2 --no-test",
+    "sums": "--task countdown --T 24 --K 2 --steps 12 --eval-every 2 --no-test",
+    "code": "--task toycode --T 24 --K 2 --steps 12 --eval-every 2 --no-test",
 }
-GROUPS = {  # name -> tasks, arms
-    "exact": (TASKS, [arm for arm in ARMS if arm != "minibatches"]),
-    "minibatches": (TASKS, ["default", "minibatches"]),
+TASKS = DEFAULTS | SEPARATE
+ARMS = {  # arm of bench/arms.py, flags
+    "default": "plain",
+    "mu2": "plain --mu 2",
+    "all-steps": "plain --select all",
+    "all-mu2": "plain --select all --mu 2",
+    "exact-default": "plain --likelihood exact",
+    "exact-mu2": "plain --likelihood exact --mu 2",
+    "exact-all": "plain --likelihood exact --select all",
+    "exact-all-mu2": "plain --likelihood exact --select all --mu 2",
+    "minibatches": "plain --minibatches 4",
+    "entropy": "plain --lam 0",
+    "all": "plain --lam 0 --select all",
+    "random": "plain --lam 0 --select random",
+    "uniform": "plain --lam 0 --select uniform",
+    "lowest": "lowest --lam 0",
+    "joint": "joint --lam 0",
+    "stepwise": "plain --lam 0.5",
+    "placebo": "placebo --lam 0.5",
+    "exact": "plain --lam 0 --likelihood exact",
+    "diffu-grpo": "plain --method diffu_grpo --mu 12 --eps-low 0.5 --eps-high 0.5",
+    "sampled": "plain --lam 0 --select sampled",
+    "just-grpo": "plain --lam 0 --block 1 --select all --beta 0 --temperature 1 --normalise",
+}
+PLANNED = [  # (arm, against, along)
+    ("entropy", "random", "samples"),
+    ("entropy", "all", "tflop"),
+    ("stepwise", "entropy", "samples"),
+    ("stepwise", "placebo", "samples"),
+    ("exact", "entropy", "samples"),
+]
+PLANNED_ARMS = list(dict.fromkeys(arm for pair in PLANNED for arm in pair[:2]))
+STUDIED = list(ARMS)[list(ARMS).index("entropy") :]
+RATES = {"diffu-grpo": (1e-5, 3e-5, 1e-4)}  # and of the others:
+USUAL_RATES = (1.5e-5, 3e-5, 6e-5)
+TUNING = (100, 101)  # seeds
+GROUPS = {  # name -> tasks, arms, seeds
+    "exact": (DEFAULTS, list(ARMS)[:8], (0, 1, 2)),
+    "minibatches": (DEFAULTS, ["default", "minibatches"], (0, 1, 2)),
+    "tune": (SEPARATE, STUDIED, TUNING),
+    "planned": (SEPARATE, PLANNED_ARMS, range(20)),
+    "rest": (SEPARATE, [arm for arm in STUDIED if arm not in PLANNED_ARMS], range(10)),
 }
 
 
-def rows(group: str, record: Path = RECORD) -> Iterator[dict]:
-    """What the finished runs of a group have left."""
-    tasks, arms = GROUPS[group]
-    for line in record.read_text().splitlines() if record.exists() else ():
-        row = json.loads(line)
-        if row["task"] in tasks and row["arm"] in arms:
-            yield row
+def recorded() -> list[dict]:
+    """What the finished runs have left."""
+    return [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.exists() else []
 
 
-# ---- one run -------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 
-def run(task: str, arm: str, seed: int, folder: Path, more: list[str]) -> dict:
+def wanted(args: argparse.Namespace) -> list[tuple[str, str, float, int]]:
+    """(task, arm, learning rate or 0 for the default, seed) of every run of a group, those first
+    that complete a comparison."""
+    tasks, arms, seeds = GROUPS[args.group]
+    tasks, arms, seeds = args.tasks or tasks, args.arms or arms, args.seeds or seeds
+    keys = []
+    for task, seed, arm in itertools.product(tasks, seeds, arms):
+        if args.group == "tune":
+            keys += [(task, arm, rate, seed) for rate in RATES.get(arm, USUAL_RATES)]
+        else:
+            keys.append((task, arm, best_rate(task, arm) if task in SEPARATE else 0, seed))
+    return keys
+
+
+def best_rate(task: str, arm: str) -> float:
+    """That of the largest mean area over the seeds of `tune`."""
+    areas = {}
+    for row in recorded():
+        if (row["task"], row["arm"]) == (task, arm) and row["seed"] in TUNING:
+            areas.setdefault(row["lr"], []).append(area(row, "samples"))
+    if not areas:
+        sys.exit(f"{task}, {arm}: no learning rate was tuned: python bench/study.py run tune")
+    return max(areas, key=lambda rate: numpy.mean(areas[rate]))
+
+
+def run(task: str, arm: str, lr: float, seed: int, folder: Path) -> dict:
     """Start it, or go on with it, and return its row. RuntimeError if it fails."""
-    out = folder / f"{task}-{arm}-{seed}"
-    flags = [*TASKS[task].split(), *ARMS[arm].split(), "--seed", str(seed), *more]
+    out = folder / "-".join(map(str, (task, arm, *([lr] if lr else []), seed)))
+    name, *flags = ARMS[arm].split()
+    flags = [*TASKS[task].split(), *flags, *(["--lr", str(lr)] if lr else []), "--seed", str(seed)]
     words = ["--resume"] if (out / "config.json").exists() else ["--model", "tiny", *flags]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{out.name}.txt", "a") as said:
         done = subprocess.run(
-            [sys.executable, HERE.parent / "egspo.py", "--out", str(out), *words],
+            [sys.executable, HERE / "arms.py", name, "--out", str(out), *words],
             env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=said, stderr=said, check=False,
         )  # fmt: skip
-    log = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     if done.returncode:
-        raise RuntimeError(f"{out.name}: {log[-1].get('err') or 'failed'}; see {said.name}")
+        raise RuntimeError(f"{out.name}: exit code {done.returncode}; see {said.name}")
+    log = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    return {"task": task, "arm": arm, "seed": seed, "flags": " ".join(flags)} | summary(log)
+    key = {"task": task, "arm": arm, "lr": lr, "seed": seed, "flags": " ".join(flags)}
+    return key | summary(log)
 
 
 def summary(log: list[dict]) -> dict:
     """A run's row: its curve on the validation split, the test split, and how far it moved."""
-    steps = [event for event in log if event["e"] == "step"]
-    evals = {split: [] for split in ("val", "test")}
+    steps = {event["it"]: event["m"] for event in log if event["e"] == "step"}
+    evals = {"val": {}, "test": {}}
     for event in log:
         if event["e"] == "eval":
-            evals[event["split"]].append((event["it"], event["m"]))
-    spent = {0: {}} | {event["it"] + 1: event["m"] for event in steps}
-    curve = [
-        {
-            "step": step,
-            "accuracy": m["accuracy"],
-            "samples": spent[step].get("compute/samples", 0),
-            "tflop": spent[step].get("compute/tflop", 0),
-        }
-        for step, m in evals["val"]
-    ]
-    last, test = evals["val"][-1][1], evals["test"][-1][1]
+            evals[event["split"]][event["it"]] = event["m"]
+    curve = []
+    for step, m in evals["val"].items():
+        spent = steps[step - 1] if step else {}
+        samples, tflop = (spent.get(f"compute/{name}", 0) for name in ("samples", "tflop"))
+        curve.append(dict(step=step, accuracy=m["accuracy"], samples=samples, tflop=tflop))
+    (*_, last), (*_, test) = evals["val"].values(), evals["test"].values() or [None]
     return {
         "curve": curve,
         "accuracy": last["accuracy"],
-        "test": [test["accuracy"], test["lo"], test["hi"]],
-        "kl": max(event["m"].get("kl", 0) for event in steps),
+        "test": test and [test["accuracy"], test["lo"], test["hi"]],
+        "kl": max(m.get("kl", 0) for m in steps.values()),
         "kl/uniform": last.get("kl/uniform"),
-        "hours": sum(event["m"]["t/total"] for event in steps) / 3600,
+        "hours": sum(m["t/total"] for m in steps.values()) / 3600,
     }
 
 
 def run_group(args: argparse.Namespace) -> None:
     """All that is missing, some at a time; what fails is said, and the others go on."""
-    tasks, arms = (
-        chosen or all for chosen, all in zip((args.tasks, args.arms), GROUPS[args.group])
-    )
-    have = {(row["task"], row["arm"], row["seed"]) for row in rows(args.group)}
-    wanted = [(task, arm, seed) for seed in args.seeds for arm in arms for task in tasks]
-    missing = [key for key in wanted if key not in have]
-    print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there", flush=True)
+    have = {(row["task"], row["arm"], row["lr"], row["seed"]) for row in recorded()}
+    missing = [key for key in wanted(args) if key not in have]
+    print(f"{len(missing)} runs to make", flush=True)
 
-    def one(key: tuple[str, str, int]) -> None:
+    def one(key: tuple) -> None:
         try:
-            row = run(*key, args.runs, args.flags)
+            row = run(*key, args.runs)
         except (RuntimeError, OSError) as error:
             print(f"failed: {error}", flush=True)
             return
@@ -126,36 +184,178 @@ def run_group(args: argparse.Namespace) -> None:
         list(pool.map(one, missing))
 
 
+# ---- statistics ----------------------------------------------------------------------------------
+
+
+def area(row: dict, along: str, limit: float | None = None) -> float:
+    """The mean share solved over the run, along its samples or TFLOP, up to a limit."""
+    x = numpy.array([point[along] for point in row["curve"]], dtype=float)
+    y = numpy.array([point["accuracy"] for point in row["curve"]])
+    limit = limit or x[-1]
+    inside = x < limit
+    x, y = numpy.append(x[inside], limit), numpy.append(y[inside], numpy.interp(limit, x, y))
+    return float(numpy.sum(numpy.diff(x) * (y[1:] + y[:-1]) / 2) / limit)
+
+
+def interval(values: numpy.ndarray, draws: int = 10_000) -> tuple[float, float]:
+    """95 % of the mean, by bootstrap."""
+    rng = numpy.random.default_rng(0)
+    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(1)
+    return tuple(numpy.quantile(means, (0.025, 0.975)))
+
+
+def sign_flip(differences: numpy.ndarray, draws: int = 100_000) -> float:
+    """How often a mean is as far from 0 if every difference could as well be its opposite: all sign
+    patterns up to 16 differences, else a sample of them."""
+    n = len(differences)
+    if n <= 16:
+        signs = numpy.array(list(itertools.product((-1, 1), repeat=n)))
+    else:
+        signs = numpy.random.default_rng(0).choice((-1, 1), (draws, n))
+        signs[0] = 1  # what was seen is one of the patterns
+    means = abs((signs * differences).mean(1))
+    return float((means >= abs(differences.mean()) - 1e-12).mean())
+
+
+def holm(p: list[float]) -> list[float]:
+    """p-values corrected for looking at several (Holm 1979)."""
+    order, corrected, largest = numpy.argsort(p), [0.0] * len(p), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def contrast(rows: dict, one: str, other: str, along: str) -> dict | None:
+    """The paired difference of areas between two arms of a task; rows: (arm, seed) -> row."""
+    seeds = sorted(seed for arm, seed in rows if arm == one and (other, seed) in rows)
+    if len(seeds) < 3:
+        return None
+    pairs = [(rows[one, seed], rows[other, seed]) for seed in seeds]
+    limit = min(row["curve"][-1][along] for pair in pairs for row in pair)
+    differences = numpy.array([area(a, along, limit) - area(b, along, limit) for a, b in pairs])
+    lo, hi = interval(differences)
+    p = sign_flip(differences)
+    return dict(
+        contrast=f"{one} − {other}", along=along, n=len(seeds), mean=differences.mean(), lo=lo,
+        hi=hi, p=p,
+    )  # fmt: skip
+
+
 # ---- what came out -------------------------------------------------------------------------------
 
 
-def table(group: str) -> None:
+def table(group: str) -> list[str]:
     """Every run of the group, a line each."""
-    print("| task | arm | seed | validation, % | test, % [95 %] | largest KL | KL, uniform step |")
-    print("|---|---|---|---|---|---|---|")
-    for row in sorted(rows(group), key=lambda row: (row["task"], row["arm"], row["seed"])):
-        test, lo, hi = (100 * x for x in row["test"])
+    tasks, arms, _ = GROUPS[group]
+    lines = [
+        "| task | arm | seed | validation, % | test, % [95 %] | largest KL | KL, uniform step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = [row for row in recorded() if row["task"] in tasks and row["arm"] in arms]
+    for row in sorted(rows, key=lambda row: (row["task"], arms.index(row["arm"]), row["seed"])):
+        test = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in row["test"] or [0] * 3))
         cells = (
             row["task"], row["arm"], row["seed"], f"{100 * row['accuracy']:.1f}",
-            f"{test:.1f} [{lo:.1f}, {hi:.1f}]", f"{row['kl']:.3f}", f"{row['kl/uniform']:.3f}",
+            test if row["test"] else "", f"{row['kl']:.3f}", f"{row['kl/uniform'] or 0:.3f}",
         )  # fmt: skip
-        print("| " + " | ".join(map(str, cells)) + " |")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def by_arm(task: str) -> dict[tuple[str, int], dict]:
+    """The studied runs of a task at the learning rate of their arm, by arm and seed."""
+    rows = [row for row in recorded() if row["task"] == task and row["seed"] not in TUNING]
+    return {(row["arm"], row["seed"]): row for row in rows if row["arm"] in STUDIED}
+
+
+def report() -> None:
+    """bench/study.md and a picture for each task that has runs."""
+    lines = ["# What each idea contributes", ""]
+    hours = sum(row["hours"] for row in recorded())
+    lines += [f"{len(recorded())} runs, {hours:.1f} hours of one core in their steps.", ""]
+    for task in SEPARATE:
+        rows = by_arm(task)
+        if not rows:
+            continue
+        lines += [f"## {task}: `{SEPARATE[task]}`", "", *arm_table(task, rows), ""]
+        found = [found for pair in PLANNED if (found := contrast(rows, *pair))]
+        corrected = holm([each["p"] for each in found])
+        lines += [
+            "| planned contrast | along | pairs | difference of the mean share solved, points "
+            "[95 %] | p | Holm |",
+            "|---|---|---|---|---|---|",
+        ]
+        for each, p in zip(found, corrected):
+            mean, lo, hi = (100 * each[name] for name in ("mean", "lo", "hi"))
+            lines.append(
+                f"| {each['contrast']} | {each['along']} | {each['n']} | {mean:+.1f} "
+                f"[{lo:+.1f}, {hi:+.1f}] | {each['p']:.3f} | {p:.3f} |"
+            )
+        picture(task, rows)
+        lines += ["", f"![{task}](study-{task}.png)", ""]
+    for group in ("exact", "minibatches"):
+        lines += [f"## Default settings: {group}", "", *table(group), ""]
+    (HERE / "study.md").write_text("\n".join(lines))
+    print(f"written: {HERE / 'study.md'}")
+
+
+def arm_table(task: str, rows: dict) -> list[str]:
+    lines = [
+        "| arm | learning rate | seeds | mean share solved, % [95 %] | at the end, % | TFLOP |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm in STUDIED:
+        of_arm = [row for (name, _), row in rows.items() if name == arm]
+        if of_arm:
+            areas = numpy.array([area(row, "samples") for row in of_arm])
+            lo, hi = interval(areas)
+            end = numpy.mean([row["accuracy"] for row in of_arm])
+            tflop = numpy.mean([row["curve"][-1]["tflop"] for row in of_arm])
+            lines.append(
+                f"| {arm} | {of_arm[0]['lr']:g} | {len(of_arm)} | {100 * areas.mean():.1f} "
+                f"[{100 * lo:.1f}, {100 * hi:.1f}] | {100 * end:.1f} | {tflop:.1f} |"
+            )
+    return lines
+
+
+def picture(task: str, rows: dict) -> None:
+    """Each arm's area: its seeds as dots, mean and interval as a bar, named at the left."""
+    from matplotlib import pyplot
+
+    arms = [arm for arm in STUDIED if any(name == arm for name, _ in rows)]
+    figure, axes = pyplot.subplots(figsize=(7, 0.4 * len(arms) + 1))
+    for y, arm in enumerate(reversed(arms)):
+        areas = numpy.array(
+            [100 * area(row, "samples") for (a, _), row in rows.items() if a == arm]
+        )
+        lo, hi = interval(areas)
+        axes.plot(areas, [y] * len(areas), "o", color="0.75", markersize=4)
+        axes.plot([lo, hi], [y, y], "-", color="0.2", linewidth=2)
+        axes.plot(areas.mean(), y, "D", color="black", markersize=5)
+    axes.set_yticks(range(len(arms)), list(reversed(arms)))
+    axes.set_xlabel("mean share of validation problems solved over the run, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(HERE / f"study-{task}.png", dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("what", choices=("run", "table", "report"))
+    parser.add_argument("group", choices=GROUPS, nargs="?", default="planned")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[], help="only these")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[], help="only these")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="only these")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="where the runs go")
-    parser.add_argument("flags", nargs="*", help="more flags of egspo.py, after --")
     args = parser.parse_args()
-    if args.what == "table":
-        return table(args.group)
-    run_group(args)
+    if args.what == "run":
+        run_group(args)
+    elif args.what == "table":
+        print("\n".join(table(args.group)))
+    else:
+        report()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""egspo.py with one idea exchanged: what the study compares and no flag offers.
+
+    python bench/arms.py ARM [flags of egspo.py]
+
+    plain     nothing exchanged
+    lowest    the K steps of lowest entropy learn, instead of highest
+    joint     steps are ranked by the summed entropy of all hidden positions of their block, the
+              paper's bound read literally, instead of by that of the revealed ones
+    placebo   the rewards of the guesses are shuffled within their group and slot
+
+It also knows tasks that separate better than the embedded ones: `sudoku-hard`, puzzles of 9 to 11
+empty cells. Each arm replaces one function of egspo.py: a fork in one file.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import data
+import egspo
+
+# ---- arms ----------------------------------------------------------------------------------------
+
+
+def lowest() -> None:
+    select = egspo.select_steps
+
+    def reversed_(entropy_NT, K, how, u_NT=None):
+        return select(torch.where(entropy_NT > -torch.inf, -entropy_NT, entropy_NT), K, how, u_NT)
+
+    egspo.select_steps = reversed_
+
+
+def joint() -> None:
+    """`draw` is told of every hidden position: its entropies are added up for `select_steps`. All
+    rows are decoded to their end, so that they stay in order."""
+    select, draw, rollout, sums = egspo.select_steps, egspo.draw, egspo.rollout, []
+
+    def adding(*args):
+        drawn = draw(*args)
+        sums.append(drawn[3].sum(1))
+        return drawn
+
+    def anew(*args, **more):
+        sums.clear()
+        return rollout(*args, **more)
+
+    def by_sum(entropy_NT, K, how, u_NT=None):
+        total_NT = torch.stack(sums, dim=1).to(entropy_NT)
+        return select(torch.where(entropy_NT > -torch.inf, total_NT, entropy_NT), K, how, u_NT)
+
+    egspo.draw, egspo.rollout, egspo.select_steps = adding, anew, by_sum
+    egspo.unfinished = lambda done_N, shard: torch.arange(len(done_N))
+
+
+def placebo() -> None:
+    early = egspo.early_rewards
+
+    def shuffled(run, problems, guess_SC):
+        early_S, cfg = early(run, problems, guess_SC), run.cfg
+        if early_S is None:
+            return None
+        early_BGK = early_S.view(-1, cfg.G, cfg.K)
+        u = egspo.uniform(early_BGK.shape[1:], range(len(early_BGK)), cfg.seed, run.log.it, "mix")
+        return early_BGK.gather(1, u.argsort(1)).flatten()
+
+    egspo.early_rewards = shuffled
+
+
+ARMS = {"plain": lambda: None, "lowest": lowest, "joint": joint, "placebo": placebo}
+
+# ---- tasks ---------------------------------------------------------------------------------------
+
+
+def hard_rows(split: str, data_dir: str | None = None) -> list[dict]:
+    """Puzzles as data.sudoku_rows makes them, of the same grids, with 9 to 11 empty cells."""
+    grids = random.Random(0).sample(data.sudoku_grids(), 288)
+    grids = {"train": grids[:200], "val": grids[200:244], "test": grids[244:]}[split]
+    rng, puzzles = random.Random(f"hard {split}"), {}
+    while len(puzzles) < (4000 if split == "train" else data.HELD_OUT):
+        grid = grids[len(puzzles) % len(grids)]
+        cells, empty = list(grid), rng.randint(9, 11)
+        for cell in rng.sample(range(16), 16):
+            cells[cell] = "0"
+            if data.matching(cells).bit_count() > 1:
+                cells[cell] = grid[cell]
+            if cells.count("0") == empty:
+                puzzles["".join(cells)] = grid
+                break
+    return [{"puzzle": puzzle, "solution": grid} for puzzle, grid in puzzles.items()]
+
+
+data.TASKS["sudoku-hard"] = data.Task(
+    "sudoku-hard", hard_rows, data.sudoku_build, data.sudoku_judge, asks=data.SUDOKU
+)
+
+if __name__ == "__main__":
+    arm, *flags = sys.argv[1:] or ["--help"]
+    if arm not in ARMS:
+        sys.exit(f"python bench/arms.py {'|'.join(ARMS)} [flags of egspo.py]")
+    ARMS[arm]()
+    sys.argv = [sys.argv[0], *flags]
+    sys.exit(egspo.main())
