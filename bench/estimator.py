@@ -1,0 +1,254 @@
+"""How good is a gradient, and how good a guess? Measured at one state of the policy, without a run.
+
+    python bench/estimator.py gradient --model MODEL --task TASK [--batches 80]
+    python bench/estimator.py value    --model MODEL --task TASK [--states 128] [--completions 16]
+    python bench/estimator.py entropy RUN
+
+gradient  Every arm's gradient of the same batches of 128 trajectories, against that of all steps
+          under the exact likelihood. `aslant`: the sine of the angle between the two means, what no
+          learning rate mends. `signal`: the squared length of the arm's mean gradient over the
+          variance of one batch's, times how many batches of the arm cost as much as one of the
+          reference. Products are taken between different batches, so that noise cancels; intervals
+          are 95 % by bootstrap over batches.
+value     The reward of the greedy one-step guess at a state against the mean reward of sampled
+          completions from it, by denoising step: mean of both, and their correlation over states.
+          A trajectory is continued by keeping its noise up to there and drawing the rest anew.
+entropy   A picture of a run's log: where entropy lies and which steps learn, over training.
+
+MODEL is a folder: tiny, or a checkpoint. Results are printed, and appended to bench/estimator.jsonl
+with --write. Gradients are kept as sketches of 2^14 numbers (products within about 1 %).
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import arms  # noqa: F401  its tasks
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import egspo
+import plan
+import run as running
+from config import of_model
+from model import texts
+
+ARMS = {  # changes of the settings
+    "exact, all": dict(select="all", likelihood="exact"),
+    "exact, entropy": dict(likelihood="exact"),
+    "all": dict(select="all"),
+    "entropy": dict(),
+    "uniform": dict(select="uniform"),
+    "random": dict(select="random"),
+    "sampled": dict(select="sampled"),
+    "stepwise": dict(lam=0.5),
+}
+REFERENCE = "exact, all"
+SKETCH = 1 << 14
+
+
+def open_run(args: argparse.Namespace) -> running.Run:
+    """A run that is not trained; no file is written."""
+    changes = dict(beta=0.0, lam=0.0, minibatches=1, max_grad_norm=1e30, lora_r=0)
+    cfg = replace(of_model(args.model, args.task), K=args.K, T=args.T, seed=args.seed, **changes)
+    ranks = running.Ranks()
+    problems = running.load_problems(cfg, "train")
+    policy, tokenizer = running.load_policy(cfg, cfg.model, ranks.device)
+    cfg = running.measured(cfg, policy, problems, tokenizer)
+    running.accelerate(policy, running.use_bf16(cfg.precision, ranks.device), cfg.compile)
+    return running.Run(cfg, policy, tokenizer, ranks, [], problems)
+
+
+def trajectories(run: running.Run, step: int):
+    """A batch of B*G: problems, rollout, rewards."""
+    cfg = run.cfg
+    asked = running.batch(run.train_set, cfg.B, step, cfg.seed, run.ranks)
+    asked = [problem for problem in asked for _ in range(cfg.G)]
+    roll = egspo.rollout(run.policy, *run.prompts(asked), cfg, noise(run, len(asked), step))
+    answers = texts(roll.token_NC, run.tokenizer, run.policy.ends)
+    rewards = torch.tensor(run.judge(answers, asked).result(), device=run.ranks.device)
+    return asked, roll, rewards
+
+
+def noise(run: running.Run, N: int, step: int, *key) -> Tensor:
+    cfg = run.cfg
+    u_NT2J = running.uniform((cfg.T, 2, cfg.block), range(N), cfg.seed, step, "draw", *key)
+    return u_NT2J.to(run.ranks.device)
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+class Sketcher:
+    """Stands where `update` has its optimizer, and keeps a sketch of the gradient: every entry is
+    added, with a sign, to one of 2^14 numbers."""
+
+    def __init__(self, policy):
+        parameters = [p for p in policy.parameters() if p.requires_grad]
+        self.param_groups = [{"params": parameters, "lr": 0.0}]
+        size, stream = sum(p.numel() for p in parameters), torch.Generator().manual_seed(0)
+        self.place = torch.randint(0, SKETCH, (size,), generator=stream)
+        self.sign = torch.randint(0, 2, (size,), generator=stream).float() * 2 - 1
+
+    def step(self) -> None:
+        flat = torch.cat([p.grad.flatten().cpu() for p in self.param_groups[0]["params"]])
+        self.sketch = torch.zeros(SKETCH).index_add(0, self.place, flat * self.sign).double()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
+
+def gradients(run: running.Run, batches: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Of each arm the sketches [batches, 2^14] and the FLOPs of a batch; all of one rollout."""
+    policy, sketcher = run.policy, Sketcher(run.policy)
+    sketches: dict[str, list] = {arm: [] for arm in ARMS}
+    flops = {}
+    for step in tqdm(range(batches), "batches"):
+        asked, roll, rewards = trajectories(run, step)
+        for arm, changes in ARMS.items():
+            cfg = replace(run.cfg, **changes)
+            rows = range(len(asked))
+            moves = egspo.choose_moves(roll, cfg, policy, step, rows)
+            if cfg.stepwise:
+                guess_SC = egspo.log_probs(policy, moves, cfg, guess=True)[2]
+                moves = moves._replace(early_S=egspo.early_rewards(run, asked, guess_SC))
+            moves = egspo.credit(moves, rewards, cfg)
+            egspo.update(policy, sketcher, moves, cfg, run.ranks, running.Tally())
+            sketches[arm].append(sketcher.sketch)
+            L = roll.prompt_NP.shape[1] + cfg.C
+            _, cost = plan.step_cost(cfg, policy, L, roll.forwards, len(moves.slot_S))
+            flops[arm] = sum(cost.values())
+    return {arm: torch.stack(rows) for arm, rows in sketches.items()}, flops
+
+
+def product(a_XD: Tensor, b_XD: Tensor) -> float:
+    """<E a, E b> over pairs of different batches: unbiased, whatever the noise."""
+    X = len(a_XD)
+    return ((a_XD.sum(0) @ b_XD.sum(0) - (a_XD * b_XD).sum()) / (X * (X - 1))).item()
+
+
+def compare(arm_XD: Tensor, ref_XD: Tensor, cheaper: float) -> dict[str, float]:
+    signal, both = product(arm_XD, arm_XD), product(arm_XD, ref_XD)
+    cosine = both / max(1e-30, signal * product(ref_XD, ref_XD)) ** 0.5
+    variance = arm_XD.square().sum(1).mean().item() - signal
+    return {
+        "aslant": max(0.0, 1 - min(1.0, cosine) ** 2) ** 0.5,
+        "signal": cheaper * signal / max(1e-30, variance),
+    }
+
+
+def gradient(args: argparse.Namespace) -> list[dict]:
+    run, rows = open_run(args), []
+    sketches, flops = gradients(run, args.batches)
+    stream = torch.Generator().manual_seed(0)
+    for arm, arm_XD in sketches.items():
+        cheaper, found = flops[REFERENCE] / flops[arm], {"aslant": [], "signal": []}
+        for _ in range(500):
+            drawn = torch.randint(0, len(arm_XD), (len(arm_XD),), generator=stream)
+            drawn = drawn.unique()  # a batch twice would meet itself
+            for name, value in compare(arm_XD[drawn], sketches[REFERENCE][drawn], cheaper).items():
+                found[name].append(value)
+        row = {"arm": arm, "batches": args.batches, "flops_of_reference": 1 / cheaper}
+        for name, value in compare(arm_XD, sketches[REFERENCE], cheaper).items():
+            lo, hi = torch.tensor(found[name]).quantile(torch.tensor([0.025, 0.975])).tolist()
+            row |= {name: value, f"{name}_lo": lo, f"{name}_hi": hi}
+        rows.append(row)
+    return rows
+
+
+# ---- the one-step value --------------------------------------------------------------------------
+
+
+def value(args: argparse.Namespace) -> list[dict]:
+    """By denoising step; `states` trajectories, each continued `completions` times from there."""
+    run, rows = open_run(args), []
+    cfg, policy, kept = run.cfg, run.policy, []
+    N = cfg.B * cfg.G
+    for t in tqdm(range(0, cfg.T, max(1, cfg.T // args.steps)), "steps"):
+        early, mean = [], []
+        for step in range(-(-args.states // N)):
+            asked, roll, _ = trajectories(run, step)
+            moves = egspo.gather_moves(roll, torch.full((N, 1), t), policy.config.mask_id)
+            guess_SC = egspo.log_probs(policy, moves, replace(cfg, K=1), guess=True)[2]
+            total = torch.zeros(N)
+            for i in range(args.completions):
+                u_NT2J = noise(run, N, step)
+                u_NT2J[:, t:] = noise(run, N, step, "again", t, i)[:, t:]
+                again = egspo.rollout(policy, *run.prompts(asked), cfg, u_NT2J)
+                same = torch.where(again.when_NC < t, again.token_NC, policy.config.mask_id)
+                assert torch.equal(same[moves.live_SU[:, 0]], moves.state_SC[moves.live_SU[:, 0]])
+                answers = texts(again.token_NC, run.tokenizer, policy.ends)
+                total += torch.tensor(run.judge(answers, asked).result())
+            live = moves.live_SU[:, 0].cpu()
+            early.append(egspo.early_rewards(run, asked, guess_SC).cpu()[live])
+            mean.append((total / args.completions)[live])
+        early, mean = torch.cat(early)[: args.states], torch.cat(mean)[: args.states]
+        kept.append(early)
+        both = torch.corrcoef(torch.stack((early, mean)))[0, 1].item()
+        rows.append(
+            {
+                "t": t, "states": len(early), "guess": early.mean().item(),
+                "completions": mean.mean().item(), "correlation": both,
+                "deviation_of_guess": early.std().item(), "deviation": mean.std().item(),
+            }
+        )  # fmt: skip
+    return rows
+
+
+# ---- entropy over training -----------------------------------------------------------------------
+
+
+def entropy(args: argparse.Namespace) -> list[dict]:
+    """Two maps side by side, iterations downwards and denoising steps across: mean entropy, and the
+    share of rows that chose the step."""
+    from matplotlib import pyplot
+
+    log = [json.loads(line) for line in (args.run / "events.jsonl").read_text().splitlines()]
+    steps = {event["it"]: event for event in log if event["e"] == "step"}.values()
+    chosen = [[count / event["n"] for count in event["sel"]] for event in steps]
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.5), sharey=True)
+    shown = ("entropy, nats", [event["ent"] for event in steps]), ("share of rows", chosen)
+    for axis, (title, cells) in zip(axes, shown):
+        image = axis.imshow(cells, aspect="auto", cmap="Greys", vmin=0, interpolation="nearest")
+        figure.colorbar(image, ax=axis, label=title)
+        axis.set_xlabel("denoising step")
+    axes[0].set_ylabel("iteration")
+    figure.tight_layout()
+    figure.savefig(HERE / f"entropy-{args.run.name}.png", dpi=150)
+    return [{"written": f"bench/entropy-{args.run.name}.png"}]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("gradient", "value", "entropy"))
+    parser.add_argument("run", nargs="?", type=Path, help="of entropy: a run folder")
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--task", default="sudoku-hard", choices=data.TASKS)
+    parser.add_argument("--T", type=int, default=24)
+    parser.add_argument("--K", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batches", type=int, default=80, help="of gradient")
+    parser.add_argument("--states", type=int, default=128, help="of value")
+    parser.add_argument("--completions", type=int, default=16, help="of value, from each state")
+    parser.add_argument("--steps", type=int, default=8, help="of value: denoising steps looked at")
+    parser.add_argument("--write", action="store_true", help="append to bench/estimator.jsonl")
+    args = parser.parse_args()
+    about = dict(what=args.what, model=args.model, task=args.task, T=args.T, K=args.K)
+    for row in globals()[args.what](args):
+        row = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
+        print(json.dumps(row), flush=True)
+        if args.write:
+            with open(HERE / "estimator.jsonl", "a") as file:
+                file.write(json.dumps(about | row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
