@@ -82,6 +82,7 @@ FIXED = {
     "input_emb_norm": False,
     "layer_norm_type": "rms",
     "layer_types": "full_attention",
+    "num_experts": 0,  # LLaDA-MoE calls itself llada
     "rope": True,
     "rope_type": "default",
     "use_sliding_window": False,
@@ -120,14 +121,12 @@ def parse_config(raw: dict, source: str = "config") -> Architecture:
     for start, why in UNSERVED.items():
         if kind.startswith(start):
             raise ValueError(f"{source}: model_type {raw['model_type']!r} is not served: {why}")
-    if raw.get("num_experts"):  # LLaDA-MoE calls itself llada
-        raise ValueError(f"{source}: num_experts {raw['num_experts']}: experts are not served")
     if kind not in ("llada", *SHIFTED, *ALIGNED):
         known = "llada, Dream, qwen2, qwen3, llama or a2d-..."
         raise ValueError(f"{source}: model_type {raw.get('model_type')!r} is not {known}")
     windows = [layer for layer in raw.get("layer_types") or () if layer != "full_attention"]
-    said = raw | dict(layer_types=windows[0] if windows else None)
-    said["rope_type"] = rope.get("rope_type", rope.get("type"))
+    layers, rope_type = (windows or [None])[0], rope.get("rope_type", rope.get("type"))
+    said = raw | dict(layer_types=layers, rope_type=rope_type)
     for key, value in FIXED.items():
         if said.get(key) not in (None, value):
             raise ValueError(f"{source}: {key} {said[key]!r} is not supported, only {value!r}")
@@ -139,8 +138,8 @@ def parse_config(raw: dict, source: str = "config") -> Architecture:
         eos_id, pad_id = raw["eos_token_id"], raw.get("pad_token_id")
         eos_id = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
         pad_id = eos_id if pad_id is None else pad_id
-        ids = dict(eos_id=eos_id, pad_id=pad_id)
-        c = Architecture(**parts(raw), **ids, family=family, shifted=shifted, raw=raw)
+        rest = dict(family=family, shifted=shifted, eos_id=eos_id, pad_id=pad_id, raw=raw)
+        c = Architecture(**parts(raw), **rest)
     except KeyError as missing:
         raise ValueError(f"{source}: {missing} is missing") from None
     except ValueError as contradiction:

@@ -59,7 +59,8 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1) -> tuple[dict[str, float], dic
     other = parameters - maps - (trained if cfg.lora_r else 0)
     L, R = (cfg.P or 256) + cfg.C, cfg.C // cfg.T
     each = {"none": wide, "nf4": 0.516}[cfg.quantize]  # nf4: 4 bits and its scales
-    saved = cfg.micro * L * (14 * c.d_model + 4 * d_ff) * wide  # what a block keeps for backward
+    d_attn = c.n_heads * c.d_head
+    saved = cfg.micro * L * (7 * (c.d_model + d_attn) + 4 * d_ff) * wide  # kept for backward
     stream = cfg.micro * L * c.d_model * wide
     scored = cfg.C if cfg.method == "diffu_grpo" else cfg.block if cfg.likelihood == "exact" else R
     head = cfg.micro * scored * c.vocab_size * 4 * 5  # float32 logits, log-softmax, their gradients
