@@ -214,18 +214,14 @@ def rollout(
 
 
 def unfinished(done_N: Tensor, shard: bool) -> Tensor:
-    """The rows to decode: those that have not ended, the first repeated up to a quarter of N.
+    """The rows to decode: those that have not ended, and others up to a quarter of N.
 
-    So the batch takes at most four sizes, and torch.compile sees four shapes. A repeated row draws
-    with its own noise: it is written twice with the same tokens. With `shard` all of them: every
-    rank must call the network equally often, and what rows that have ended decode is thrown away.
+    So the batch takes at most four sizes. What rows that have ended decode is thrown away. With
+    `shard` all of them: every rank must call the network equally often.
     """
-    if shard:
-        return torch.arange(len(done_N), device=done_N.device)
-    live = (~done_N).nonzero().squeeze(1)
     quarter = -(-len(done_N) // 4)
-    size = -(-len(live) // quarter) * quarter
-    return live[torch.arange(min(size, len(done_N)), device=live.device) % max(1, len(live))]
+    live = len(done_N) if shard else int((~done_N).sum())
+    return done_N.int().argsort(stable=True)[: -(-live // quarter) * quarter]
 
 
 def cut_at_the_end(roll: Rollout, J: int, ends: Tensor, end: int) -> None:
@@ -451,7 +447,7 @@ def minibatches(moves: Moves, cfg: Config) -> Iterator[Tensor]:
         yield from by_slot_S.tensor_split(cfg.parts)
 
 
-@torch.no_grad()
+@torch.enable_grad()  # though none is wanted: compiled for inference, bf16 rounds differently
 def log_probs(policy: nn.Module, moves: Moves, cfg: Config, guess: bool = False):
     """Log-prob under `policy` of each move and of its tokens, both [S, U]; with `guess` also its
     guess [S, C]."""
@@ -459,8 +455,8 @@ def log_probs(policy: nn.Module, moves: Moves, cfg: Config, guess: bool = False)
     for mb in micro_batches(moves, cfg.micro):
         h_SCD = completion_features(policy, mb)
         logp_SU, token_SU = move_logp(policy, h_SCD, mb, cfg)
-        logps.append(logp_SU)
-        tokens.append(token_SU)
+        logps.append(logp_SU.detach())
+        tokens.append(token_SU.detach())
         if guess:
             guesses.append(greedy_guess(policy, h_SCD, mb.state_SC))
     return torch.cat(logps)[:S], torch.cat(tokens)[:S], torch.cat(guesses)[:S] if guess else None

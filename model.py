@@ -281,6 +281,14 @@ def attend(q_NALE: Tensor, k_NALE: Tensor, v_NALE: Tensor, seen: Tensor | None) 
     return weight_NALL.softmax(-1).to(v_NALE.dtype) @ v_NALE
 
 
+def any_rows(*tensors: Tensor | None) -> None:
+    """Let torch.compile make one graph for all counts of rows: early ends and micro-batches have
+    several. (One row, which also stands for all, stays a case of its own.)"""
+    for tensor in tensors:
+        if tensor is not None and len(tensor) > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
 class Block(nn.Module):
     """Pre-norm attention and gated MLP; every position sees every real one, before and after."""
 
@@ -330,6 +338,7 @@ class Transformer(nn.Module):
         self.origin: tuple[str | None, str | None] = (None, None)  # folder or hub id, and commit
         self.checkpointing = False  # recompute each block in backward: less memory, same values
         self.bf16 = False  # compute the blocks in bf16 (autocast), whatever the weights' dtype
+        self.compiled = False  # the blocks are, each for all counts of rows
         self.register_buffer("never_V", None, persistent=False)  # ids that are never to be emitted
         self.register_buffer("ends", None, persistent=False)  # ids that end a turn
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
@@ -371,6 +380,8 @@ class Transformer(nn.Module):
             cos, sin = cos[:, :, at_J], sin[:, :, at_J]
         again = dict(use_reentrant=False, preserve_rng_state=False)  # nothing here is random
         for block, kept in zip(self.blocks, cache or itertools.repeat(None)):
+            if self.compiled:
+                any_rows(x, cos, sin, seen, *(kept or ()))
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, seen, **again)
             else:

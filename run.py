@@ -19,6 +19,7 @@ import platform
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -257,29 +258,36 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     features = torch.cpu.get_capabilities()
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
 @functools.cache
 def can_compile() -> bool:
-    """Triton brings its own compiler; on a CPU torch.compile needs the machine's."""
-    names = (os.environ.get("CXX", "g++"), "clang++")
-    found = torch.cuda.is_available() or any(shutil.which(name) for name in names)
-    if not found:
-        say("warning: no C++ compiler (g++ or clang++) found: --no-compile, 4 times slower")
-    return found
+    """On a CPU torch.compile needs the machine's C++ compiler, on a GPU Triton its C compiler."""
+    kind, *names = ("C++", os.environ.get("CXX", "g++"), "clang++")
+    if torch.cuda.is_available():
+        kind, *names = ("C", os.environ.get("CC", "gcc"), "clang")
+    lacks = "" if any(map(shutil.which, names)) else f"{kind} compiler ({' or '.join(names)})"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        lacks = lacks or "Python.h (of the package python3-dev)"
+    if lacks:
+        say(f"warning: no {lacks} found: --no-compile, 4 times slower")
+    return not lacks
 
 
 def accelerate(net: nn.Module, bf16: bool, compiled: bool) -> nn.Module:
     """The one place where speed is bought: bf16 autocast, and torch.compile of each block.
 
-    The blocks are alike, so they share one compiled graph for each shape; the head stays in the
-    weights' own precision, all after it in float32. Parameter names do not change.
+    The blocks are alike, so they share their graphs: one for each length and use (rollout, update,
+    reference). Past torch's limit of 8 it would go on uncompiled; prompts alone may have 20 lengths
+    (`model.padded_length`). The head stays in the weights' own precision, all after it in float32.
+    Parameter names do not change.
     """
-    net.bf16 = bf16
-    if compiled and can_compile():
+    net.bf16, net.compiled = bf16, compiled and can_compile()
+    if net.compiled:
+        torch._dynamo.config.recompile_limit = 128
         for block in net.blocks:
             block.compile(dynamic=False)
     return net
@@ -538,7 +546,7 @@ def make_reference(
 def introduce(cfg: Config, policy: model.Transformer, ranks: Ranks, start: int) -> None:
     total, trained = model.count(policy)
     precision = "bf16" if policy.bf16 else "float32"
-    speed = "compiled" if cfg.compile and can_compile() else "eager"
+    speed = "compiled, a graph for each length" if policy.compiled else "eager"
     count = f"{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
     say(f"{cfg.task} with {cfg.model}: {count}")
     say(f"{ranks.world} x {ranks.device.type}, {precision}, {speed}; {cfg.method}, lam {cfg.lam}")

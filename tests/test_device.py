@@ -12,6 +12,7 @@ import egspo
 import letters  # noqa: F401  a task in which even a random model earns something
 import run as running
 from pretend import DEVICE, pretending
+from processes import SMALL
 from toy import hasty
 
 VARIANTS = [
@@ -109,3 +110,62 @@ def test_the_pretended_device_tells_what_a_real_one_would():
             wait()
             assert len(waits) == before + 1
     assert there.near.tolist() == [0, 1, 2, 3, 0, 0]
+
+
+# ---- compiled shapes -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that are compiled, as lists of shapes. Past the limit of shapes it is an error."""
+    torch._dynamo.reset()
+    made, compile = [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        made.append([tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)])
+        return graph.forward
+
+    asked = lambda block, **options: compile(block, backend=backend, **options)
+    monkeypatch.setattr(torch.nn.Module, "compile", asked)
+    monkeypatch.setattr(running, "can_compile", lambda: True)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield made
+    torch._dynamo.reset()
+
+
+def test_an_evaluation_by_lengths_compiles_one_graph_for_each(toy, tmp_path, graphs, monkeypatch):
+    """Rows end early: each length decodes batches of several sizes."""
+    words = "--eval-only --lengths 8 16 32 --block 4 --B 6 --compile --eval-n 12 --out".split()
+    cfg, mode = config.parse(["--model", str(toy), *SMALL, *words, str(tmp_path)])
+    the_run, sizes, features = running.open_evaluation(cfg, running.Ranks()), set(), None
+    features = the_run.policy.features
+    count = lambda ids_NL, *more: (sizes.add(ids_NL.shape), features(ids_NL, *more))[1]
+    monkeypatch.setattr(the_run.policy, "features", count)
+    running.evaluate_only(the_run, mode, egspo.evaluate)
+    assert len({L for _, L in sizes}) == 3 and len(sizes) > 3, sizes
+    assert len(graphs) == 3, graphs
+
+
+@pytest.mark.parametrize(
+    "variant, count",
+    [(dict(beta=0.0), 2), (dict(cache="block"), 6), (dict(lora_r=4, checkpointing=True), 5)],
+    ids=str,
+)
+def test_a_run_compiles_its_uses_once_and_scores_with_the_graph_of_the_update(
+    toy, tmp_path, graphs, monkeypatch, variant, count
+):
+    base = dict(
+        task="letters", model=str(toy), out=str(tmp_path), C=16, T=8, block=4, K=2, G=4, B=2,
+        micro=3, minibatches=2, lora_r=0, checkpointing=False, precision="float32", steps=3,
+        eval_every=3, eval_n=4, test=False,
+    )  # fmt: skip
+    cfg, at = config.Config(**(base | variant)), []
+    for name in ("log_probs", "update"):
+        inner = getattr(egspo, name)
+        told = lambda *args, inner=inner, **more: (inner(*args, **more), at.append(len(graphs)))[0]
+        monkeypatch.setattr(egspo, name, told)
+    the_run, start = running.open_run(cfg, running.Ranks(), False)
+    egspo.train(the_run, start)
+    the_run.log.end("finished")
+    assert len(graphs) == at[cfg.beta > 0] == count, (at, graphs)
