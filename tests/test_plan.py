@@ -2,6 +2,7 @@
 update at the true widths of an 8B model, on tensors that have shapes and no numbers."""
 
 import contextlib
+import copy
 import gc
 import json
 from pathlib import Path
@@ -40,9 +41,9 @@ def peaks(cfg: Config, bf16: bool, warm: bool = False) -> dict[str, float]:
     raw = json.loads((Path(cfg.model) / "config.json").read_text())
     dtype = torch.bfloat16 if cfg.lora_r and bf16 else torch.float32
     net = model.skeleton(model.parse_config(raw), dtype)
-    frozen = model.skeleton(model.parse_config(raw), torch.float32)
+    net.bf16, net.checkpointing = bf16, cfg.checkpointing
+    frozen = copy.deepcopy(net)
     running.freeze(frozen, bf16)
-    net.bf16, frozen.bf16, net.checkpointing = bf16, bf16, cfg.checkpointing
     N, P, ranks = cfg.B * cfg.G, cfg.P, running.Ranks()
     with counting() as count:
         allocated(net)
@@ -65,6 +66,7 @@ def peaks(cfg: Config, bf16: bool, warm: bool = False) -> dict[str, float]:
             allocated(frozen)
             reference = lambda: contextlib.nullcontext(frozen)
         optimizer = running.make_optimizer(net, cfg)
+        trained = [p for p in net.parameters() if p.requires_grad]
 
         def act() -> egspo.Rollout:
             rolls, prompt_NP = [], torch.zeros(N, P, dtype=torch.long)
@@ -93,10 +95,17 @@ def peaks(cfg: Config, bf16: bool, warm: bool = False) -> dict[str, float]:
                     ref_SU = egspo.log_probs(other, moves, cfg)[1]
             return moves._replace(old_SU=old_SU, ref_SU=ref_SU, adv_SU=old_SU)
 
-        def learn(moves: egspo.Moves):
+        def learn(moves: egspo.Moves) -> None:
+            """On top of the gradients of a first micro-batch."""
+            for p in trained:
+                p.grad = torch.zeros_like(p)
+            moves = moves.take(torch.arange(cfg.micro))
             egspo.update(net, optimizer, moves, cfg, ranks, running.Tally())
 
-        learn(score(act()))  # from here on there is an optimizer's state
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()  # from here on it has a state
+        optimizer.zero_grad(set_to_none=True)
         gc.collect()
         found = {"held": count.now}
         roll, found["rollout"] = count.peak(act)
@@ -114,32 +123,30 @@ PHASES = {  # the moments of the plan in each
 DREAM = dict(family="dream-7b-instruct")
 ALL = dict(lora_r=0, optimizer="adamw8bit")
 SHARD = dict(lora_r=0, shard=True)
-HEAD = dict(P=1, C=32, T=16, K=16, B=1, G=2, micro=32, layers=1)  # where the head takes most
+HEAD = dict(P=1, C=32, T=16, K=16, G=2, micro=32, layers=1)  # where the head takes most
 VARIANTS = [
     dict(P=3729),  # MBPP's longest prompt
-    dict(P=200, layers=4, micro=32),
-    dict(P=200, layers=3, micro=32, checkpointing=False),
-    dict(P=256, layers=4, cache="block"),
-    dict(P=256, quantize="nf4", optimizer="adamw8bit", cache="block", micro=4),
-    dict(P=200, warm=True, **DREAM),
-    dict(P=200, layers=4, cache="block", **DREAM),
-    dict(P=256, method="diffu_grpo"),
+    dict(P=848, layers=3),
+    dict(P=848, layers=3, checkpointing=False),
+    dict(P=848, layers=3, cache="block", G=16),
+    dict(P=425, quantize="nf4", optimizer="adamw8bit", G=12, micro=4),
+    dict(P=848, warm=True, cache="block", **DREAM),
     dict(HEAD, likelihood="exact"),
     dict(HEAD, method="diffu_grpo", mu=16),
-    dict(ALL, P=256),
-    dict(ALL, P=256, layers=4, checkpointing=False, beta=0.0),
-    dict(lora_r=0, P=200, precision="float32"),
+    dict(ALL, P=425, micro=12),
+    dict(ALL, P=848, layers=3, checkpointing=False, beta=0.0),
+    dict(lora_r=0, P=848, precision="float32"),
     dict(HEAD, **ALL, likelihood="exact"),
-    dict(SHARD, P=256),
-    dict(SHARD, P=256, layers=4, micro=32),
-    dict(SHARD, P=3729),
+    dict(SHARD, P=256, layers=3),
+    dict(SHARD, P=848, micro=24),
 ]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: " ".join(map(str, v.values())))
 def test_the_plan_is_what_the_code_takes(variant, tmp_path, monkeypatch, request):
     """Within 5 % in each phase, or with --shard, where phases share their worst moment, in all."""
-    settings = dict(layers=2, family="llada-8b-instruct", warm=False) | variant
+    few = dict(B=1, G=6, C=64, T=32, micro=6)  # each 33 tokens drawn are operations of their own
+    settings = dict(few, layers=2, family="llada-8b-instruct", warm=False) | variant
     layers, family, warm = (settings.pop(name) for name in ("layers", "family", "warm"))
     raw = json.loads((FIXTURES / family / "config.json").read_text())
     raw["n_layers" if "n_layers" in raw else "num_hidden_layers"] = layers
