@@ -1,17 +1,24 @@
 """Will it fit, and what does it cost? Memory and FLOPs of a run, from shapes alone.
 
 `--dry-run` prints both; a run counts what its steps took by the same formulas (`step_cost`).
+
+Memory is that of the code as it is written, run eagerly, with every row alive and every prompt P
+tokens long; compiled blocks keep less of what lies between two matrix products. What an allocator
+wastes and what CUDA itself takes is not in it: "fits" leaves 8 % for them.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 from torch import nn
 
 import model
 from config import Config
 from events import say
+
+# ---- FLOPs ---------------------------------------------------------------------------------------
 
 
 def forward_flops(net: nn.Module, L: int, positions: int) -> float:
@@ -42,63 +49,157 @@ def step_cost(
     return passes, flops
 
 
-def plan(cfg: Config, bf16: bool, ranks: int = 1) -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes at the peak of a rank by part, FLOPs of its step by phase, from shapes alone."""
-    folder = model.find_folder(cfg.model, model.SMALL)
-    net = model.from_config(folder, "meta")
-    wide, d_ff = 2 if bf16 else 4, net.blocks[0].up.out_features
-    if cfg.lora_r:
-        model.add_lora(net, cfg.lora_r, cfg.lora_alpha)
-    c = net.config
-    maps = sum(
-        (linear.base if cfg.lora_r else linear).weight.numel()
-        for block in net.blocks
-        for _, linear in model.linears(block)
-    )
-    parameters, trained = model.count(net)
-    other = parameters - maps - (trained if cfg.lora_r else 0)
-    L, R = (cfg.P or 256) + cfg.C, cfg.C // cfg.T
-    each = {"none": wide, "nf4": 0.516}[cfg.quantize]  # nf4: 4 bits and its scales
-    d_attn = c.n_heads * c.d_head
-    saved = cfg.micro * L * (7 * (c.d_model + d_attn) + 4 * d_ff) * wide  # kept for backward
-    stream = cfg.micro * L * c.d_model * wide
-    scored = cfg.C if cfg.method == "diffu_grpo" else cfg.block if cfg.likelihood == "exact" else R
-    head = cfg.micro * scored * c.vocab_size * 4 * 5  # float32 logits, log-softmax, their gradients
-    memory = {
-        "weights": maps * each + other * wide + trained * 4 if cfg.lora_r else (maps + other) * 4,
-        "reference": 0 if cfg.lora_r or cfg.beta == 0 else maps * wide + other * 4,
-        "bf16 copies": 0 if cfg.lora_r or not bf16 else maps * 2,
-        "gradients": trained * 4,
-        "optimizer": trained * (8 if cfg.optimizer == "adamw" else 2.1),
-        "activations": c.n_layers * stream + saved if cfg.checkpointing else c.n_layers * saved,
-        "logits": max(head, min(2**24, cfg.B * cfg.G * cfg.block * c.vocab_size) * 40),
+# ---- memory --------------------------------------------------------------------------------------
+
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a number: 4 bits, its block's scale, the scales' own
+ADAM = {"adamw": 8, "adamw8bit": 2 + 2 * 4 / 256}  # bytes a trained number: two moments
+PYTHON = 0.75e9  # what Python and its libraries take of a CPU's memory
+FILE = 5e9  # the largest files of a model on the hub; on a CPU one is mapped while it is read
+
+
+@dataclass
+class Plan:
+    """Bytes of a rank: `held` all along, and what each of the `moments` adds, both by part."""
+
+    parameters: int
+    trained: int
+    held: dict[str, float]
+    moments: dict[str, dict[str, float]]
+    flops: dict[str, float]  # of a step, by phase
+
+    @property
+    def worst(self) -> str:
+        """The moment that adds most."""
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
+    def peak(self) -> float:
+        return sum(self.held.values()) + sum(self.moments[self.worst].values())
+
+
+def plan(cfg: Config, bf16: bool, ranks: int = 1, device: str = "cuda") -> Plan:
+    """What a run takes; P is 256 where only the data could tell."""
+    net, r, warm = shapes(cfg)
+    c, (parameters, trained) = net.config, model.count(net)
+    parameters -= trained * (r > 0)
+    maps = sum(p.numel() for p in net.blocks.parameters() if p.dim() == 2) - trained * (r > 0)
+    other = parameters - maps  # embedding, head, norms
+    N, L, V, D, F = cfg.B * cfg.G, (cfg.P or 256) + cfg.C, c.vocab_size, c.d_model, c.d_mlp
+    R, rows, share = cfg.C // cfg.T, cfg.micro * L, ranks if cfg.shard else 1
+    wide = 2 if bf16 else 4  # bytes of a number inside a block
+    stream = wide if r else 4  # and between two, which is the embedding's
+    stored = NF4 if cfg.quantize == "nf4" else wide
+    frozen = trained * 4 * warm if r else maps * wide + other * 4
+    held = {
+        "weights": maps * stored + other * wide + trained * 4 if r else parameters * 4 / share,
+        "reference": frozen * (cfg.beta > 0) / share,
+        "optimizer": trained * ADAM[cfg.optimizer] / share,
+        "Python": PYTHON * (device == "cpu"),
     }
-    if cfg.shard:  # but what is gathered for one block at a time is small
-        for part in ("weights", "reference", "gradients", "optimizer"):
-            memory[part] /= ranks
-        memory["bf16 copies"] /= c.n_layers
-    N = cfg.B * cfg.G
+
+    # weights as they are multiplied, where they are stored otherwise; `again` in a backward pass
+    of_block, root = maps / c.n_layers, 0
+    if cfg.shard:  # gathered, with the buffer they arrive in; gradients leave in float32
+        copies = again = 2 * of_block * wide
+        root = other * 4
+    elif cfg.quantize == "nf4":
+        copies = again = D * F * 2
+    else:  # autocast keeps them until the pass is over
+        copies = maps * 2 * bf16 * (r == 0)
+        again = (trained if r else maps) * 2 * bf16
+        again = again / c.n_layers if cfg.checkpointing else again
+    new = V * D * 4 * (r == 0)  # the largest gradient, before it is added to the others
+
+    inside, kept = block_bytes(c, r > 0, wide, stream)
+    inputs = c.n_layers * rows * (stream * D if cfg.checkpointing else kept)
+    backward = rows * (kept * cfg.checkpointing + 2 * wide * F + 2 * stream * D)
+    exact = cfg.likelihood == "exact" and cfg.order == "low_confidence"
+    scored = cfg.C if cfg.method == "diffu_grpo" else cfg.block if exact else R
+    logits = cfg.micro * V * 4
+    slab = min(2**22 if device == "cpu" else 2**24, N * cfg.block * V) * 4
+    gradients = trained * 4 / share
+    cache = 2 * c.n_kv_heads * c.d_head * wide * N * L * (cfg.cache == "block")
+    summed = 2 * gradients * (ranks > 1 and not cfg.shard)  # flattened, and the sum
+
+    moments = {
+        "loading": {"a file": min(FILE, parameters * 2) * (device == "cpu")},
+        "rollout": {
+            "keys and values": cache * (c.n_layers - 1),
+            "root": root, "copies": copies, "block": N * L * inside,
+        },
+        "drawing": {"keys and values": cache * c.n_layers, "root": root, "logits": 5 * slab},
+        "scoring": {"root": root, "copies": copies, "block": rows * (inside + stream * D)},
+        "its head": {"root": root, "logits": logits * max(scored * (4.5 if exact else 3), 6 * R)},
+        "update": {
+            "gradients": gradients, "root": root, "copies": copies,
+            "inputs of blocks": inputs, "block": rows * inside * cfg.checkpointing,
+        },
+        "its head ": {
+            "gradients": gradients, "root": root, "copies": again * (not cfg.checkpointing),
+            "inputs of blocks": inputs,
+            "logits": logits * scored + max(new, logits * scored * (4.25 if exact else 2)),
+        },
+        "backward": {
+            "gradients": gradients, "root": root, "copies": again,
+            "new gradient": new if cfg.shard else D * F * (wide + 4) * (r == 0),
+            "inputs of blocks": inputs, "block": backward,
+        },
+        "its sum": {
+            "gradients": gradients + summed, "root": 2 * root,
+            "new gradient": new * cfg.shard, "inputs of blocks": inputs * cfg.shard,
+        },
+    }  # fmt: skip
     S = N * (cfg.K if cfg.method == "egspo" else cfg.mu)
     _, flops = step_cost(cfg, net, L, N * cfg.T, S)
-    return {"parameters": maps + other, "trained": trained, **memory}, flops
+    return Plan(parameters, trained, held, moments, flops)
+
+
+def shapes(cfg: Config) -> tuple[model.Transformer, int, bool]:
+    """The network without its numbers, the rank of its adapters, and whether they come with it."""
+    folder = model.find_folder(cfg.model, [*model.SMALL, "adapter_config.json"])
+    rank = model.adapter_rank(folder)
+    base = folder
+    if not (folder / "config.json").is_file() and rank:
+        base = model.find_folder(model.adapter_base(folder), model.SMALL)
+    net = model.from_config(base, "meta")
+    if rank or cfg.lora_r:
+        model.add_lora(net, rank or cfg.lora_r, cfg.lora_alpha)
+    return net, rank or cfg.lora_r, rank > 0
+
+
+def block_bytes(c: model.Architecture, lora: bool, wide: int, stream: int) -> tuple[float, float]:
+    """Bytes a token in a block: alive where most is (its map `up`), and kept for a backward pass.
+
+    The first: its input, that plus attention, and a norm of it; queries, keys and values before and
+    after rotation, what attention mixed; gate, up and their product, or up before and after its
+    adapter; cosines and sines. The second: the inputs of maps that learn, the four of attention,
+    the four of the gated MLP; of a norm its input in float32, and its output if its weight learns.
+    """
+    D, F, Q, KV = c.d_model, c.d_mlp, c.n_heads * c.d_head, c.n_kv_heads * c.d_head
+    repeated = KV if c.n_kv_heads == c.n_heads else 2 * Q
+    inside = 3 * D * stream + (3 * Q + 2 * KV + repeated + (4 if lora else 3) * F) * wide
+    cast = 5 if stream > wide else 2  # autocast casts the input of each of five maps anew
+    kept = (4 * Q + cast * D + 4 * F) * wide + 2 * 4 * D * (1 if lora else 2)
+    return inside + 8 * c.d_head, kept
 
 
 def dry_run(cfg: Config) -> int:
     """Say what a run would take, and whether it fits."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    memory, flops = plan(cfg, cfg.precision != "float32", ranks)
-    parameters, trained = memory.pop("parameters"), memory.pop("trained")
-    total = sum(memory.values())
-    say(f"{cfg.model}: {parameters / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained")
+    p = plan(cfg, cfg.precision != "float32", ranks)
+    say(f"{cfg.model}: {p.parameters / 1e6:,.1f} M parameters, {p.trained / 1e6:,.1f} M trained")
     P = cfg.P or "256 (assumed)"
     say(
         f"a step on each rank: {cfg.B} prompts x {cfg.G} samples, P {P}, C {cfg.C}, T {cfg.T}, "
         f"K {cfg.K}, micro {cfg.micro}"
     )
-    for part, size in memory.items():
+    for part, size in p.held.items():
         say(f"  {part:<12} {size / 1e9:>8.2f} GB")
-    fits = [f"{gb} GB: {'fits' if total < 0.92e9 * gb else 'no'}" for gb in (24, 48, 80, 141)]
-    say(f"  {'peak':<12} {total / 1e9:>8.2f} GB    {'   '.join(fits)}")
-    for phase, count in flops.items():
+    for moment, parts in p.moments.items():
+        told = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items() if size > 5e6)
+        say(f"  + {moment:<10} {sum(parts.values()) / 1e9:>8.2f} GB    {told}")
+    fits = [f"{gb} GB: {'fits' if p.peak < 0.92e9 * gb else 'no'}" for gb in (24, 48, 80, 141)]
+    say(f"  {'peak':<12} {p.peak / 1e9:>8.2f} GB    {'   '.join(fits)}")
+    for phase, count in p.flops.items():
         say(f"  {phase:<12} {count / 1e12:>8.1f} TFLOP")
     return 0

@@ -540,7 +540,17 @@ def make_reference(
     freeze(frozen, bf16)
     if cfg.shard:
         shard(frozen, bf16, ranks)
+        return functools.partial(in_turn, policy, accelerate(frozen, bf16, cfg.compile))
     return functools.partial(contextlib.nullcontext, accelerate(frozen, bf16, cfg.compile))
+
+
+@contextlib.contextmanager
+def in_turn(policy: nn.Module, frozen: nn.Module) -> Iterator[nn.Module]:
+    """The frozen copy, sharded as the policy is. What FSDP gathers first of a network, embedding
+    and head, stays whole until it is told otherwise: 4 GB each at 8B, so only one at a time."""
+    policy.reshard()
+    yield frozen
+    frozen.reshard()
 
 
 def introduce(cfg: Config, policy: model.Transformer, ranks: Ranks, start: int) -> None:

@@ -250,8 +250,8 @@ def memory(size: str) -> dict:
     measured = peak_bytes() - before
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(net.config.raw))
-        parts, _ = plan.plan(replace(cfg, model=folder), running.use_bf16(cfg.precision, DEVICE))
-    expected = sum(value for name, value in parts.items() if name not in ("parameters", "trained"))
+        bf16 = running.use_bf16(cfg.precision, DEVICE)
+        expected = plan.plan(replace(cfg, model=folder), bf16, device=DEVICE.type).peak
     return dict(expected_gb=expected / 1e9, measured_gb=measured / 1e9, ratio=expected / measured)
 
 
