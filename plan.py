@@ -129,12 +129,12 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1, device: str = "cuda") -> Plan:
         },
         "drawing": {"keys and values": cache * c.n_layers, "root": root, "logits": 5 * slab},
         "scoring": {"root": root, "copies": copies, "block": rows * (inside + stream * D)},
-        "its head": {"root": root, "logits": logits * max(scored * (4.5 if exact else 3), 6 * R)},
+        "likelihood": {"root": root, "logits": logits * max(scored * (4.5 if exact else 3), 6 * R)},
         "update": {
             "gradients": gradients, "root": root, "copies": copies,
             "inputs of blocks": inputs, "block": rows * inside * cfg.checkpointing,
         },
-        "its head ": {
+        "loss": {
             "gradients": gradients, "root": root, "copies": again * (not cfg.checkpointing),
             "inputs of blocks": inputs,
             "logits": logits * scored + max(new, logits * scored * (4.25 if exact else 2)),
@@ -144,7 +144,7 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1, device: str = "cuda") -> Plan:
             "new gradient": new if cfg.shard else D * F * (wide + 4) * (r == 0),
             "inputs of blocks": inputs, "block": backward,
         },
-        "its sum": {
+        "sum": {
             "gradients": gradients + summed, "root": 2 * root,
             "new gradient": new * cfg.shard, "inputs of blocks": inputs * cfg.shard,
         },
@@ -186,7 +186,8 @@ def block_bytes(c: model.Architecture, lora: bool, wide: int, stream: int) -> tu
 def dry_run(cfg: Config) -> int:
     """Say what a run would take, and whether it fits."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    p = plan(cfg, cfg.precision != "float32", ranks)
+    bf16 = cfg.precision != "float32"
+    p = plan(cfg, bf16, ranks)
     say(f"{cfg.model}: {p.parameters / 1e6:,.1f} M parameters, {p.trained / 1e6:,.1f} M trained")
     P = cfg.P or "256 (assumed)"
     say(
@@ -194,12 +195,17 @@ def dry_run(cfg: Config) -> int:
         f"K {cfg.K}, micro {cfg.micro}"
     )
     for part, size in p.held.items():
-        say(f"  {part:<12} {size / 1e9:>8.2f} GB")
+        if size:
+            say(f"  {part:<12} {size / 1e9:>8.2f} GB")
     for moment, parts in p.moments.items():
+        if not any(parts.values()):
+            continue
         told = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items() if size > 5e6)
         say(f"  + {moment:<10} {sum(parts.values()) / 1e9:>8.2f} GB    {told}")
     fits = [f"{gb} GB: {'fits' if p.peak < 0.92e9 * gb else 'no'}" for gb in (24, 48, 80, 141)]
     say(f"  {'peak':<12} {p.peak / 1e9:>8.2f} GB    {'   '.join(fits)}")
+    cpu = plan(cfg, bf16, ranks, "cpu").peak
+    say(f"  {'on a CPU':<12} {cpu / 1e9:>8.2f} GB    with Python, and a file while it is read")
     for phase, count in p.flops.items():
         say(f"  {phase:<12} {count / 1e12:>8.1f} TFLOP")
     return 0

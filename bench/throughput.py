@@ -13,6 +13,7 @@ printed, and appended to bench/throughput.jsonl with --write.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -42,9 +43,9 @@ SHAPES = {
     "8b": dict(d_model=4096, n_layers=32, n_heads=32, mlp_hidden_size=12288),
 }
 SETTINGS = {  # P, then the fields of a Config
-    "tiny": (18, dict(C=24, T=12, block=24, K=4, B=16, G=8, micro=128)),
-    "25m": (64, dict(C=64, T=32, block=32, K=4, B=2, G=4, micro=8)),
-    "8b": (200, dict(C=256, T=128, block=32, K=8, B=1, G=8, micro=8)),
+    "tiny": (18, dict(C=24, T=12, block=24, K=4, B=16, G=8, micro=128, checkpointing=False)),
+    "25m": (64, dict(C=64, T=32, block=32, K=4, B=2, G=4, micro=8, checkpointing=False)),
+    "8b": (200, dict(C=256, T=128, block=32, K=8, B=6, G=8, micro=8)),
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -64,6 +65,7 @@ def network(size: str, vocabulary: int, cfg: Config):
     net = model.from_config(raw | SHAPES[size], DEVICE, dtype)
     if cfg.lora_r:
         model.add_lora(net, cfg.lora_r, cfg.lora_alpha)
+    net.checkpointing = cfg.checkpointing
     net.never_V[:2] = True  # nor the end token, so that every row is decoded to its end
     return net
 
@@ -112,11 +114,12 @@ def credit(roll: egspo.Rollout, cfg: Config) -> egspo.Moves:
     return moves._replace(adv_SU=adv_SU)
 
 
-def ours(net, optimizer, size: str, cfg: Config) -> None:
+def ours(net, optimizer, size: str, cfg: Config, reference=None) -> None:
     roll = act(net, size, cfg)
     moves = credit(roll, cfg)
     old_SU, _, _ = egspo.log_probs(net, moves, cfg, guess=True)
-    _, ref_SU, _ = egspo.log_probs(net, moves, cfg)
+    with reference or contextlib.nullcontext(net) as other:
+        _, ref_SU, _ = egspo.log_probs(other, moves, cfg)
     moves = moves._replace(old_SU=old_SU, ref_SU=ref_SU)
     egspo.update(net, optimizer, moves, cfg, running.Ranks(), running.Tally())
 
@@ -208,7 +211,7 @@ def floor(size: str) -> dict:
     )
     rate = max(rate, matmul_rate())
     rollout_floor = N * cfg.T * plan.forward_flops(net, L, cfg.block) / rate
-    backward = 2 if cfg.lora_r else 3  # frozen weights have no gradient of their own
+    backward = (2 if cfg.lora_r else 3) + cfg.checkpointing  # frozen weights have no gradient
     update_floor = S * backward * plan.forward_flops(net, L, cfg.C // cfg.T) / rate
     return dict(
         matmul_tflops=rate / 1e12, rollout_of_floor=rollout_floor / rollout_s,
@@ -240,18 +243,22 @@ def vocabulary(size: str) -> dict:
 
 
 def memory(size: str) -> dict:
-    """One whole iteration in this process: what it takes beyond the imports, in GB."""
-    cfg = config(size, compile=False, P=SETTINGS[size][0])
+    """One whole iteration in this process, as a run takes it: what comes on top of the imports."""
+    cfg = config(size, compile=False, P=SETTINGS[size][0], checkpointing=True)
+    bf16 = running.use_bf16(cfg.precision, DEVICE)
     before = peak_bytes()
     net = ready(network(size, 126_464, cfg), cfg)
-    reference = network(size, 126_464, cfg)
-    running.freeze(reference, running.use_bf16(cfg.precision, DEVICE))
-    ours(net, running.make_optimizer(net, cfg), size, cfg)
+    reference = model.as_reference(net)
+    if not cfg.lora_r:
+        frozen = ready(network(size, 126_464, cfg), cfg)
+        running.freeze(frozen, bf16)
+        reference = contextlib.nullcontext(frozen)
+    ours(net, running.make_optimizer(net, cfg), size, cfg, reference)
     measured = peak_bytes() - before
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(net.config.raw))
-        bf16 = running.use_bf16(cfg.precision, DEVICE)
-        expected = plan.plan(replace(cfg, model=folder), bf16, device=DEVICE.type).peak
+        told = plan.plan(replace(cfg, model=folder), bf16, device=DEVICE.type)
+    expected = told.peak - told.held["Python"]
     return dict(expected_gb=expected / 1e9, measured_gb=measured / 1e9, ratio=expected / measured)
 
 

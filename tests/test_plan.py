@@ -117,8 +117,8 @@ def peaks(cfg: Config, bf16: bool, warm: bool = False) -> dict[str, float]:
 PHASES = {  # the moments of the plan in each
     "held": [],
     "rollout": ["rollout", "drawing"],
-    "scoring": ["scoring", "its head"],
-    "update": ["update", "its head ", "backward", "its sum"],
+    "scoring": ["scoring", "likelihood"],
+    "update": ["update", "loss", "backward", "sum"],
 }
 DREAM = dict(family="dream-7b-instruct")
 ALL = dict(lora_r=0, optimizer="adamw8bit")
