@@ -447,19 +447,20 @@ def minibatches(moves: Moves, cfg: Config) -> Iterator[Tensor]:
         yield from by_slot_S.tensor_split(cfg.parts)
 
 
-@torch.enable_grad()  # though none is wanted: compiled for inference, bf16 rounds differently
 def log_probs(policy: nn.Module, moves: Moves, cfg: Config, guess: bool = False):
     """Log-prob under `policy` of each move and of its tokens, both [S, U]; with `guess` also its
     guess [S, C]."""
-    S, logps, tokens, guesses = len(moves.live_SU), [], [], []
-    for mb in micro_batches(moves, cfg.micro):
-        h_SCD = completion_features(policy, mb)
-        logp_SU, token_SU = move_logp(policy, h_SCD, mb, cfg)
-        logps.append(logp_SU.detach())
-        tokens.append(token_SU.detach())
-        if guess:
-            guesses.append(greedy_guess(policy, h_SCD, mb.state_SC))
-    return torch.cat(logps)[:S], torch.cat(tokens)[:S], torch.cat(guesses)[:S] if guess else None
+    S = len(moves.live_SU)
+    parts = [scored(policy, mb, cfg, guess) for mb in micro_batches(moves, cfg.micro)]
+    return tuple(None if x[0] is None else torch.cat(x)[:S] for x in zip(*parts))
+
+
+@torch.enable_grad()  # though none is wanted: compiled for inference, bf16 rounds differently
+def scored(policy: nn.Module, mb: Moves, cfg: Config, guess: bool):
+    h_SCD = completion_features(policy, mb)
+    logp_SU, token_SU = move_logp(policy, h_SCD, mb, cfg)
+    guess_SC = greedy_guess(policy, h_SCD, mb.state_SC) if guess else None
+    return logp_SU.detach(), token_SU.detach(), guess_SC
 
 
 def update(policy, optimizer, moves: Moves, cfg: Config, ranks: Ranks, tally: Tally) -> Tensor:

@@ -271,9 +271,10 @@ def turn(x_NALE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q_NALE: Tensor, k_NALE: Tensor, v_NALE: Tensor, seen: Tensor | None) -> Tensor:
     """Softmax attention [N, A, L, E]; `seen` is False where a key is padding.
 
-    Written out for short sequences on CPUs, where the fused kernel takes twice as long backward.
+    Written out for short sequences on CPUs where there is a backward pass, for which the fused
+    kernel takes twice as long.
     """
-    if q_NALE.device.type != "cpu" or q_NALE.shape[2] > 128:
+    if q_NALE.device.type != "cpu" or q_NALE.shape[2] > 128 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q_NALE, k_NALE, v_NALE, attn_mask=seen)
     weight_NALL = (q_NALE @ k_NALE.transpose(2, 3)).float() / math.sqrt(q_NALE.shape[-1])
     if seen is not None:

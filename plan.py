@@ -128,8 +128,14 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1, device: str = "cuda") -> Plan:
             "root": root, "copies": copies, "block": N * L * inside,
         },
         "drawing": {"keys and values": cache * c.n_layers, "root": root, "logits": 5 * slab},
-        "scoring": {"root": root, "copies": copies, "block": rows * (inside + stream * D)},
-        "likelihood": {"root": root, "logits": logits * max(scored * (4.5 if exact else 3), 6 * R)},
+        "scoring": {
+            "root": root, "copies": copies, "inputs of blocks": inputs,
+            "block": rows * inside * cfg.checkpointing,
+        },
+        "likelihood": {
+            "root": root, "copies": copies, "inputs of blocks": inputs,
+            "logits": logits * max(scored * (4.5 if exact else 3), 6 * R),
+        },
         "update": {
             "gradients": gradients, "root": root, "copies": copies,
             "inputs of blocks": inputs, "block": rows * inside * cfg.checkpointing,

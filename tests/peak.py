@@ -29,7 +29,7 @@ class Counting(TorchDispatchMode):
             return NotImplemented  # it comes again with the part that this rank holds
         everywhere = lambda x: torch.zeros(x.numel(), dtype=torch.long)
         if func is aten._local_scalar_dense.default:
-            return {torch.bool: False, torch.long: 1}.get(args[0].dtype, 1.0)
+            return {torch.bool: False, torch.long: 2**20}.get(args[0].dtype, 1.0)
         if func is aten.nonzero.default:
             out = everywhere(args[0])[:, None].expand(-1, args[0].dim())
         elif func is aten.index.Tensor and getattr(args[1][0], "dtype", 0) == torch.bool:

@@ -132,7 +132,7 @@ VARIANTS = [
     dict(P=425, quantize="nf4", optimizer="adamw8bit", G=12, micro=4),
     dict(P=848, warm=True, cache="block", **DREAM),
     dict(HEAD, likelihood="exact"),
-    dict(HEAD, method="diffu_grpo", mu=16),
+    dict(HEAD, method="diffu_grpo", mu=16, minibatches=1),
     dict(ALL, P=425, micro=12),
     dict(ALL, P=848, layers=3, checkpointing=False, beta=0.0),
     dict(lora_r=0, P=848, precision="float32"),
