@@ -141,7 +141,8 @@ class Config(Settings):
         frozen = "quantised weights are frozen: train adapters with --lora-r 128"
         check(self.quantize == "none" or self.lora_r > 0, "quantize", frozen)
         plain = self.lora_r == 0 and self.optimizer == "adamw"
-        check(plain or not self.shard, "shard", "needs --lora-r 0 and --optimizer adamw")
+        whole = "trains all weights: --lora-r 0 --optimizer adamw; adapters fit without it (nf4)"
+        check(plain or not self.shard, "shard", whole)
 
     @property
     def template(self) -> Template:

@@ -923,6 +923,19 @@ def code_judge(completion: str, answer: dict) -> Reward:
     return code_judge_all([completion], [answer])[0]
 
 
+def cores(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """How many this process may use: by its affinity, and by the quotas of its control groups."""
+    affine = hasattr(os, "sched_getaffinity")
+    most = len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
+    lines = own.read_text().splitlines() if own.exists() else []
+    inside = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+    for folder in (groups / inside, *(groups / inside).parents):
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text().split()
+            most = min(most, most if quota == "max" else max(1, int(quota) // int(period)))
+    return most
+
+
 started: Sandbox | None = None
 
 
@@ -931,7 +944,7 @@ def sandbox(unsafe: bool = False) -> Sandbox:
     where the locks are missing (ValueError if not); later calls return the same one regardless."""
     global started
     if started is None:
-        workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         started = Sandbox(workers=min(max(workers, 1), 16), unsafe=unsafe)
         atexit.register(started.close)
     return started

@@ -111,6 +111,8 @@ class EventLog:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"--out {out}: another process is writing this run") from None
+        except OSError as error:  # Lustre, unless mounted with -o flock
+            say(f"warning: no locks in {out} ({error.strerror}): let no second process write there")
         size = os.fstat(self.fd).st_size
         tail = os.pread(self.fd, 2 * LONGEST, max(0, size - 2 * LONGEST))
         if tail and not tail.endswith(b"\n"):

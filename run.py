@@ -12,6 +12,7 @@ import copy
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -54,8 +56,10 @@ class Ranks:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
+            # a long save, download or reward is no failure; a rank that ends is noticed at once
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
             atexit.register(dist.destroy_process_group)
+            sys.excepthook = last_words
 
     def rows(self, N: int) -> range:
         """The numbers of this rank's N rows in the rollout of all ranks."""
@@ -86,16 +90,29 @@ class Ranks:
 def clip_gradients(parameters: list[nn.Parameter], cfg: Config, ranks: Ranks) -> Tensor:
     """Add up the gradients of all ranks, clip them, and return their norm before that.
 
-    A gradient is already divided by the count of all ranks, so the sum is the mean. One flattened
-    all-reduce; with --shard the backward pass has done it.
+    A gradient is already divided by the count of all ranks, so the sum is the mean. With --shard
+    the backward pass has done it.
     """
     if ranks.world > 1 and not cfg.shard:
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = ranks.sum(torch.cat([grad.flatten() for grad in grads]))
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
-            grad.copy_(part.view_as(grad))
+        sum_gradients([p.grad for p in parameters if p.grad is not None])
     norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
     return norm.full_tensor() if cfg.shard else norm
+
+
+def sum_gradients(grads: list[Tensor], most: int = 2**24) -> None:
+    """Over the ranks, in place. Small ones travel together, about `most` numbers at a time: a
+    flattened copy of all would be 32 GB of an 8B model."""
+    for grad in grads:
+        if grad.numel() >= most:
+            dist.all_reduce(grad)
+    small = [grad for grad in grads if grad.numel() < most]
+    ends = itertools.accumulate(grad.numel() for grad in small)
+    for _, some in itertools.groupby(zip(ends, small), key=lambda pair: pair[0] // most):
+        some = [grad for _, grad in some]
+        flat = torch.cat([grad.flatten() for grad in some])
+        dist.all_reduce(flat)
+        for grad, part in zip(some, flat.split([grad.numel() for grad in some])):
+            grad.copy_(part.view_as(grad))
 
 
 class Tally:
@@ -183,7 +200,8 @@ def stopped(run: Run) -> Halt:
 def closing(run: Run) -> Iterator[None]:
     """Write into the log how the run ended, whatever ended it; a Halt becomes an exit code."""
     try:
-        yield
+        with enough_memory(run.cfg, Halt):
+            yield
         run.log.end("finished")
     except Halt as halt:
         run.log.end("stopped" if halt.code > 2 else "crashed", str(halt))
@@ -191,12 +209,41 @@ def closing(run: Run) -> Iterator[None]:
         saved = f"the last checkpoint is {latest.resolve()}"
         saved = saved if latest.exists() else "there is no checkpoint yet"
         say(f"egspo: step {run.log.it}: {halt}; {saved}", file=sys.stderr)
-        raise SystemExit(halt.code) from None
+        raise SystemExit(leave(halt.code)) from None
     except BaseException as error:
         run.log.end("crashed", repr(error))
-        if run.ranks.world > 1 and ("gloo" in str(error) or isinstance(error, dist.DistError)):
-            raise SystemExit(1) from None  # another rank has ended, and said why
         raise
+
+
+def leave(code: int) -> int:
+    """The exit code of a failure. One of several ranks ends here: to take their group down first
+    would be to wait for those inside a collective, and torchrun must see that this one failed."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def last_words(kind: type, error: BaseException, trace) -> None:
+    """The traceback of one of several ranks, unless another has ended and said why; and its end."""
+    if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+        sys.__excepthook__(kind, error, trace)
+    leave(1)
+
+
+@contextlib.contextmanager
+def enough_memory(cfg: Config, kind: Callable) -> Iterator[None]:
+    """Where a GPU's is not, one line with what takes less, as an exception of this kind."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        less = [f"--micro {cfg.micro // 2}"] * (cfg.micro > 1)
+        less += ["--checkpointing"] * (not cfg.checkpointing)
+        less += ["--quantize nf4"] * (cfg.lora_r > 0 and cfg.quantize == "none")
+        less += ["--optimizer adamw8bit"] * (cfg.optimizer == "adamw" and not cfg.shard)
+        told = str(error).partition(". GPU")[0]
+        raise kind(f"{told}. Less takes: {', '.join([*less, 'fewer --B'])}") from None
 
 
 def complain(error: Exception) -> int:
@@ -205,7 +252,7 @@ def complain(error: Exception) -> int:
     if rank > 0:
         time.sleep(2)  # if the first rank has said the same and ended, torchrun ends this one now
     print(f"egspo: {f'rank {rank}: ' * (rank > 0)}{error}", file=sys.stderr, flush=True)
-    return 2
+    return leave(2)
 
 
 def progress(iterable, what: str, ranks: Ranks):
@@ -415,8 +462,10 @@ def making(folder: Path) -> Iterator[None]:
 
 def open_run(cfg: Config, ranks: Ranks, resume: bool) -> tuple[Run, int]:
     """Load everything and say what was chosen. Returns the run and the step it starts from."""
-    cfg = replace(cfg, out=ranks.gather(cfg.out)[0])  # its name may hold the time: clocks differ
-    with making(Path(cfg.out)):
+    # the first rank's: clocks differ, and so may what a link on a network's disk points at
+    out, path = ranks.gather((cfg.out, cfg.model))[0]
+    cfg = replace(cfg, out=out, model=path)
+    with making(Path(cfg.out)), enough_memory(cfg, ValueError):
         return load_run(cfg, ranks, resume)
 
 
@@ -427,7 +476,7 @@ def load_run(cfg: Config, ranks: Ranks, resume: bool) -> tuple[Run, int]:
     if resume:
         log = EventLog(cfg.out, ranks.rank)  # first of all: is nobody else writing it?
         latest = out / "checkpoints" / "latest"
-        checkpoint = latest.resolve() if latest.exists() else None
+        checkpoint = ranks.gather(latest.resolve() if latest.exists() else None)[0]
         if checkpoint and (checkpoint / "sharded").exists() != cfg.shard:
             flag = "--no-shard" if cfg.shard else "--shard"
             raise ValueError(f"--resume: {checkpoint} was written with {flag}: add that flag")
@@ -446,6 +495,8 @@ def load_run(cfg: Config, ranks: Ranks, resume: bool) -> tuple[Run, int]:
     optimizer, start, compute = make_optimizer(policy, cfg), 0, {}
     if checkpoint:
         start, compute = restore(cfg, policy, optimizer, checkpoint, ranks)
+    if len({*(starts := ranks.gather(start))}) > 1:
+        raise ValueError(f"--out {out}: not one folder for all ranks, they resume after {starts}")
     accelerate(policy, bf16, cfg.compile)
     log = log or EventLog(cfg.out, ranks.rank)
     if ranks.rank == 0:
@@ -755,12 +806,17 @@ def evaluate_only(run: Run, mode: Mode, evaluate: Callable) -> None:
     in --out (by default beside the weights)."""
     cfg, results = run.cfg, []
     introduce_evaluation(run, mode.samples)
-    for length in mode.lengths or (cfg.C,):
-        shape = dict(C=length, T=length // 2, block=min(cfg.block, length)) if mode.lengths else {}
-        at_length = replace(cfg, **shape, K=1, minibatches=1)
-        m = evaluate(run, run.test_set, at_length, mode.samples)
-        say_evaluation(at_length, m)
-        results.append({"task": cfg.task, "split": "test", "length": length, "T": at_length.T, **m})
+    with enough_memory(cfg, SystemExit):
+        for length in mode.lengths or (cfg.C,):
+            shape = (
+                dict(C=length, T=length // 2, block=min(cfg.block, length)) if mode.lengths else {}
+            )
+            at_length = replace(cfg, **shape, K=1, minibatches=1)
+            m = evaluate(run, run.test_set, at_length, mode.samples)
+            say_evaluation(at_length, m)
+            results.append(
+                {"task": cfg.task, "split": "test", "length": length, "T": at_length.T, **m}
+            )
     write_evaluation(run, mode.samples, results)
 
 

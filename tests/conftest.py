@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: more threads only get in the way
+# What runs in this process would take a GPU, and inputs of tests are on the CPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("EGSPO_TEST_GPU", "")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 

@@ -111,6 +111,9 @@ def become(args, variables, folder, file_size, stdout, stderr) -> None:
     sys.argv = args
     try:
         runpy.run_path(args[0], run_name="__main__")
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # multiprocessing does not ask it
+        raise SystemExit(1) from None
     finally:
         atexit._run_exitfuncs()  # which multiprocessing does not
 

@@ -1,14 +1,19 @@
 """On a device that is not the CPU nothing is mixed and the host seldom waits (a pretended one)."""
 
 import dataclasses
+import errno
 import os
+import shutil
 import signal
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
 import config
 import egspo
+import events
 import letters  # noqa: F401  a task in which even a random model earns something
 import run as running
 from pretend import DEVICE, pretending
@@ -169,3 +174,76 @@ def test_a_run_compiles_its_uses_once_and_scores_with_the_graph_of_the_update(
     egspo.train(the_run, start)
     the_run.log.end("finished")
     assert len(graphs) == at[cfg.beta > 0] == count, (at, graphs)
+
+
+# ---- what machines lack --------------------------------------------------------------------------
+
+
+def test_only_live_rows_and_distinct_ones_are_decoded():
+    """A repeated row would be written twice, and under a GPU's noise with two choices."""
+    done_N = torch.tensor([0, 1, 1, 0, 0, 1, 0, 1, 1, 1]).bool()
+    rows = egspo.unfinished(done_N, shard=False).tolist()
+    assert rows[:4] == [0, 3, 4, 6] and len({*rows}) == len(rows) == 6
+    assert egspo.unfinished(~done_N, False).tolist()[:6] == [1, 2, 5, 7, 8, 9]
+    assert egspo.unfinished(torch.ones(10).bool(), False).tolist() == []
+    assert sorted(egspo.unfinished(done_N, shard=True).tolist()) == list(range(10))
+
+
+def test_a_full_gpu_is_one_line_that_names_what_takes_less(monkeypatch, capsys, tmp_path):
+    cfg = config.Config(micro=8, out=str(tmp_path), task="sudoku")
+    log = types.SimpleNamespace(it=3, end=lambda *_: None)
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"
+    with pytest.raises(SystemExit), running.closing(types.SimpleNamespace(cfg=cfg, log=log)):
+        raise torch.OutOfMemoryError(said)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "Tried to allocate 2.00 GiB. Less takes: --micro 4" in told
+    assert "--quantize nf4" in told and "--checkpointing" not in told  # which is on
+    with pytest.raises(ValueError, match="--checkpointing"):
+        with running.enough_memory(dataclasses.replace(cfg, checkpointing=False), ValueError):
+            raise torch.OutOfMemoryError(said)
+
+
+def test_a_disk_without_locks_is_warned_of_and_written(monkeypatch, capsys, tmp_path):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(events.fcntl, "flock", flock)
+    log = events.EventLog(str(tmp_path))
+    log.end("finished")
+    assert capsys.readouterr().out.startswith("warning: no locks in")
+    assert '"finished"' in log.file.read_text()
+
+
+def test_emulated_bf16_is_not_taken_for_bf16(monkeypatch):
+    supported = lambda including_emulation=True: including_emulation
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert not running.use_bf16("auto", torch.device("cuda"))
+    assert running.use_bf16("bf16", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    "cuda, lacks, told", [
+        (False, "g++", "C++ compiler (g++ or clang++)"), (True, "gcc", "C compiler (gcc or clang)"),
+        (True, "Python.h", "Python.h"), (True, "", ""),
+    ],
+)  # fmt: skip
+def test_what_compiling_needs_is_looked_for_on_a_gpu_too(monkeypatch, capsys, cuda, lacks, told):
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(shutil, "which", lambda name: None if lacks.startswith("g") else name)
+    monkeypatch.setattr(Path, "exists", lambda path: path.name != lacks)
+    assert running.can_compile.__wrapped__() == (not told)
+    assert told in capsys.readouterr().out
+
+
+def test_a_control_groups_quota_counts_as_cores(tmp_path):
+    own, inside = tmp_path / "own", tmp_path / "groups" / "job" / "step"
+    inside.mkdir(parents=True)
+    own.write_text("0::/job/step\n")
+    most = egspo.data.cores(tmp_path / "groups", own)
+    assert 1 <= most <= os.cpu_count()
+    (inside / "cpu.max").write_text("max 100000\n")
+    assert egspo.data.cores(tmp_path / "groups", own) == most
+    (inside.parent / "cpu.max").write_text("150000 100000\n")
+    assert egspo.data.cores(tmp_path / "groups", own) == 1
