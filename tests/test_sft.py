@@ -140,7 +140,7 @@ def test_the_loss_is_the_hidden_tokens_nll_over_their_ratio():
         for c in range(4):
             if hidden_NC[n, c]:
                 want += nll_NC[n, c].item() / ratio_N1[n].item() / 24
-    got = sft.diffusion_loss(logits_NCV, token_NC, hidden_NC, ratio_N1).item()
+    got = sft.diffusion_loss(logits_NCV[hidden_NC], token_NC, hidden_NC, ratio_N1).item()
     assert got == pytest.approx(want)
 
 
