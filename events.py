@@ -155,6 +155,13 @@ class EventLog:
         turn.
         """
         self.cfg, self.ranks, self.tokenizer, self.ends = cfg, ranks, tokenizer, ends
+        N, sizes = cfg.B * cfg.G * ranks.world, dict(T=cfg.T, K=cfg.K, L=cfg.C, block=cfg.block)
+        self.meta(cfg, name, resume, task=cfg.task, **sizes, N=N, G=cfg.G)
+        if self.fd is not None and cfg.track != "none":
+            self.track = tracker(cfg, resume)
+
+    def meta(self, cfg, name: str, resume: int | None, **more) -> None:
+        """The event that begins a run. cfg: settings with at least `out` and `steps`."""
         host, boot = this_machine()
         self.write(
             "meta",
@@ -166,19 +173,11 @@ class EventLog:
             git=git_commit(),
             argv=sys.argv,
             model=name,
-            task=cfg.task,
             iters=cfg.steps,
-            T=cfg.T,
-            K=cfg.K,
-            L=cfg.C,
-            block=cfg.block,
-            N=cfg.B * cfg.G * ranks.world,
-            G=cfg.G,
+            **more,
             cfg=dataclasses.asdict(cfg),
             resume=resume,
         )
-        if self.fd is not None and cfg.track != "none":
-            self.track = tracker(cfg, resume)
 
     @contextlib.contextmanager
     def phase(self, step: int, name: str):

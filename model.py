@@ -87,7 +87,8 @@ FIXED = {
     "rope_type": "default",
     "use_sliding_window": False,
 }
-SHIFTED = "dream", "qwen2", "qwen3", "llama"  # model_types of the decoder layout, by alignment
+STOCK = "qwen2", "qwen3", "llama"  # model_types of autoregressive models, if nothing says a mask
+SHIFTED = "dream", *STOCK  # of the decoder layout, by alignment
 ALIGNED = "a2d-qwen2", "a2d-qwen3", "a2d-llama"
 BLOCKWISE = "its attention is causal from block to block"
 UNSERVED = {  # how a model_type begins, and why this network cannot be that model
@@ -99,9 +100,13 @@ UNSERVED = {  # how a model_type begins, and why this network cannot be that mod
 MASKS = "<|mask|>", "[MASK]", "<|MASK|>"  # what tokenizers call it where they do not say which
 
 
-def read_config(file: Path) -> Architecture:
+class NoMask(ValueError):
+    """Nothing says what the mask is: an autoregressive model."""
+
+
+def read_config(file: Path, mask_id: int | None = None) -> Architecture:
     """A published config.json. Where it does not say what the mask is, the tokenizer beside it
-    does, and `raw` says so from then on."""
+    does, or else `mask_id`, and `raw` says so from then on."""
     raw, folder = read_json(file), file.parent
     published_as = folder.parents[1].name if folder.parent.name == "snapshots" else folder.name
     if "bd3lm" in published_as.lower():  # whose config.json is no different
@@ -111,7 +116,7 @@ def read_config(file: Path) -> Architecture:
         with suppress(Exception):  # none there, or a damaged one: so there is no mask
             tokenizer = load_tokenizer(folder)
             ids = [tokenizer.mask_token_id, *map(tokenizer.get_added_vocab().get, MASKS)]
-            raw["mask_token_id"] = next(i for i in ids if i is not None)
+            raw["mask_token_id"] = next(i for i in (*ids, mask_id) if i is not None)
     return parse_config(raw, str(file))
 
 
@@ -145,9 +150,9 @@ def parse_config(raw: dict, source: str = "config") -> Architecture:
     except ValueError as contradiction:
         raise ValueError(f"{source}: {contradiction} contradict each other") from None
     if c.mask_id is None:
-        raise ValueError(
+        raise NoMask(
             f"{source}: no mask_token_id, and no tokenizer there that has a mask token: an"
-            " autoregressive model must first be adapted to masked diffusion, with sft.py"
+            " autoregressive model must first be adapted to masked diffusion, with sft.py --adapt"
         )
     for name in ("vocab_size", "d_model", "d_mlp", "n_layers", "n_heads", "n_kv_heads"):
         if not isinstance(getattr(c, name), int) or getattr(c, name) < 1:
@@ -466,6 +471,22 @@ def never_emitted(c: Architecture, device: str | torch.device) -> Tensor:
     return never_V
 
 
+@torch.no_grad()
+def set_mask(net: Transformer, mask_id: int) -> None:
+    """Let this token, or a new one at the end of the vocabulary, hide others: its vector becomes
+    the mean of all. Of a network without adapters, in place; config.json will say so."""
+    for module in filter(None, (net.embed, net.unembed)):
+        weight = module.weight
+        mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
+        if mask_id == len(weight):
+            weight = module.weight = nn.Parameter(torch.cat((weight, mean)))
+        weight[mask_id] = mean
+    V = len(net.embed.weight)
+    said = dict(mask_token_id=mask_id, shift_logits=net.config.shifted, vocab_size=V)
+    net.config = parse_config(net.config.raw | said)
+    net.never_V = never_emitted(net.config, net.embed.weight.device)
+
+
 def size(p: Tensor) -> int:
     """Numbers in a weight; a 4-bit one holds two in a byte."""
     return math.prod(p.quant_state.shape) if hasattr(p, "quant_state") else p.numel()
@@ -688,12 +709,14 @@ def load(
     dtype: torch.dtype = torch.float32,
     quantize: Quantize = "none",
     adapter: bool = True,
+    mask_id: int | None = None,
 ) -> Transformer:
     """The network of a folder or hub id, with the adapter if the folder is an adapter's.
 
     Read tensor by tensor straight to device and dtype: on the way no more than one file is mapped
     and one tensor copied. `quantize` makes bitsandbytes linears of the blocks' maps as they come.
-    `adapter=False` stops at the base model of an adapter's folder.
+    `adapter=False` stops at the base model of an adapter's folder. `mask_id`: where nothing there
+    says what the mask is; without it, NoMask is raised.
     """
     folder = find_folder(path)
     if (folder / "adapter_config.json").is_file():
@@ -712,7 +735,7 @@ def load(
             f"--model {folder}: no config.json there, so it is not a model's folder"
         )
     check_quantize(quantize, device)
-    config = read_config(config_file)
+    config = read_config(config_file, mask_id)
     net = skeleton(config, dtype)
     ours = {published(name, config.family): name for name, _ in net.named_parameters()}
     spare = published("unembed.weight", config.family) if config.tied else None

@@ -5,14 +5,22 @@ the completion with a probability drawn for the row, and learn the hidden tokens
 
     python sft.py --task sudoku countdown toycode --out tiny             # the embedded model
     python sft.py --model FOLDER_OR_HUB_ID --data rows.jsonl --out warm  # any other's cold start
+    python sft.py --adapt --model SmolLM2 --data rows.jsonl --out masked # an autoregressive one's
 
 Without --data, demonstrators of mixed quality give the rows: most are lazy, some guess, some are
 right. Greedy decoding does what most of them do and solves little, while sampling often meets the
 right answer: the ability is there, and reinforcement learning only has to bring it out.
 
-What is written to --out is a model folder; a new model brings the settings of tiny/ along.
+With --adapt the model is an autoregressive one (llama, qwen2 or qwen3). From then on it sees both
+ways, but still says at each position what comes next: so it starts from what it knows. What hides a
+token is the mask of its tokenizer, or an idle special token, or a new one (`choose_mask`). Adapters
+(--lora-r) are merged in the end, since the model they were made for knows no mask.
 
-N rows, P prompt, C completion, L = P + C, V vocabulary.
+What is written to --out is a model folder, once all steps are done; a new model brings the
+settings of tiny/ along. Until then there is a checkpoint.pt, from which --resume goes on as if
+nothing had happened. events.jsonl is for `python tui.py`.
+
+N rows, P prompt, C completion, L = P + C, Q hidden tokens in all, V vocabulary.
 """
 
 import itertools
@@ -21,10 +29,11 @@ import math
 import os
 import random
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -35,9 +44,9 @@ from transformers import PreTrainedTokenizerFast
 
 import model
 from config import bring_defaults, checker, read
-from data import TASKS, Problem
-from events import say
-from run import accelerate, use_bf16
+from data import END_TOKENS, TASKS, WORDED, Problem
+from events import EventLog, say
+from run import Halt, StopSignal, accelerate, sync, use_bf16
 
 TINY = dict(d_model=128, n_layers=7, n_heads=4, mlp_hidden_size=352)  # 1.45 M parameters
 Demonstration = tuple[str, str, str]  # task, prompt, completion
@@ -50,15 +59,20 @@ class Recipe:
 
     task: tuple[str, ...] = ("sudoku", "countdown", "toycode")  # demonstrated tasks
     model: str = ""  # fine-tune this folder or hub id; without it, a small new model
-    data: str = ""  # learn the rows of this .jsonl file (prompt, completion), not the tasks
+    adapt: bool = False  # --model is autoregressive: make a masked diffusion model of it
+    data: str = ""  # learn the rows of this .jsonl file, not the tasks: prompt and completion, or
+    # question and answer as GSM8K has them
     out: str = ""  # folder for weights, tokenizer and training.log
+    resume: bool = False  # go on in --out; all else as in the command that began it
     steps: int = 5000
     batch: int = 128  # rows a step
+    micro: int = 128  # rows of a backward pass; changes memory and speed, not the result
     C: int = 24  # completion length in tokens, at least one end token included
-    lr: float = 1e-3  # after the warm-up; from there it falls linearly to zero
+    lr: float = 0.0  # after the warm-up; then it falls linearly to zero. 0: 1e-3, --adapt 1e-4
     warmup: int = 100  # steps
     lora_r: int = 0  # rank of adapters to train; 0 trains all weights
-    save_every: int = 500  # steps between copies of the weights in --out
+    eval_every: int = 50  # steps between lines, with what the held-out rows say
+    save_every: int = 500  # steps between checkpoints
     seed: int = 0
     compile: bool = True  # torch.compile
 
@@ -66,13 +80,16 @@ class Recipe:
         check = checker(self)
         known = " ".join(DEMONSTRATORS)
         check(self.task and {*self.task} <= {*DEMONSTRATORS}, "task", f"choose some of {known}")
-        for flag in ("steps", "batch", "C", "save_every"):
+        if self.lr == 0:
+            object.__setattr__(self, "lr", 1e-4 if self.adapt else 1e-3)
+        for flag in ("steps", "batch", "micro", "C", "eval_every", "save_every"):
             check(getattr(self, flag) >= 1, flag, "must be at least 1")
         for flag in ("warmup", "lora_r", "seed"):
             check(getattr(self, flag) >= 0, flag, "must be at least 0")
         check(0 < self.lr < 1, "lr", "must be above 0 and below 1")
         check(not self.data or Path(self.data).is_file(), "data", "no such file")
         check(not self.lora_r or self.model, "lora_r", "adapters need a --model to adapt")
+        check(not self.adapt or self.model, "adapt", "say which --model")
         check(self.out, "out", "say where the model goes (the embedded one: --out tiny)")
         same = self.model and Path(self.out).resolve() == Path(self.model).resolve()
         check(not same, "out", "would overwrite --model: name another folder")
@@ -150,11 +167,13 @@ def demonstrations(cfg: Recipe) -> Iterator[list[Demonstration]]:
 
 
 def read_rows(file: str) -> list[Demonstration]:
-    """The rows of a JSON Lines file; ValueError names the first line that is not one."""
+    """The rows of a JSON Lines file, GSM8K's answered as its task wants it; ValueError names the
+    first line that is none."""
     rows = []
     for i, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
+            row = reasoned(row) if "question" in row else row
             rows.append(("data", row["prompt"] + "", row["completion"] + ""))
         except (ValueError, TypeError, KeyError):
             want = '{"prompt": "...", "completion": "..."}'
@@ -162,6 +181,14 @@ def read_rows(file: str) -> list[Demonstration]:
     if len(rows) < 2:
         raise ValueError(f"--data {file}: needs at least 2 rows, one of them to measure with")
     return rows
+
+
+def reasoned(row: dict) -> dict:
+    """From a row of GSM8K: steps, <<3*4=12>> where a calculator was used, ####, and a number."""
+    steps, _, number = re.sub("<<.*?>>", "", row["answer"]).partition("####")
+    answer = f"<answer>\n\\boxed{{{number.strip()}}}\n</answer>"
+    told = f"<reasoning>\n{steps.strip()}\n</reasoning>\n{answer}"
+    return {"prompt": WORDED + row["question"], "completion": told}
 
 
 # ---- the tokenizer -------------------------------------------------------------------------------
@@ -224,9 +251,10 @@ def longest(tokenizer, rows: list[Demonstration], C: int) -> int:
 
 
 def encode(tokenizer, rows: list[Demonstration], P: int, C: int, config) -> tuple[Tensor, Tensor]:
-    """Ids [N, P + C] and where they are real: completions are filled up with end tokens, which are
-    learnt like any other."""
+    """Ids [N, L] and where they are real: prompts are padded to what the longest of these takes, at
+    most P, and completions filled up with end tokens, which are learnt like any other."""
     prompts = model.chat_ids([row[1] for row in rows], tokenizer)
+    P = model.padded_length(max(map(len, prompts)), P)
     prompt_NP, real_NP = model.left_pad(prompts, P, config.pad_id)
     completions = tokens(tokenizer, [row[2] for row in rows])
     token_NC = torch.tensor([ids + [config.eos_id] * (C - len(ids)) for ids in completions])
@@ -246,33 +274,89 @@ def hide(token_NC: Tensor, mask_id: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(hidden_NC, mask_id, token_NC), hidden_NC, ratio_N1
 
 
-def diffusion_loss(logits_NCV: Tensor, token_NC: Tensor, hidden_NC: Tensor, ratio_N1: Tensor):
+def diffusion_loss(logits_QV: Tensor, token_NC: Tensor, hidden_NC: Tensor, ratio_N1: Tensor):
     """LLaDA's bound on the completion's negative log-likelihood (equation 5), in nats a token."""
-    nll_NC = F.cross_entropy(logits_NCV.transpose(1, 2), token_NC, reduction="none")
-    return (nll_NC * hidden_NC / ratio_N1).mean()
+    nll_Q = F.cross_entropy(logits_QV, token_NC[hidden_NC], reduction="none")
+    return (nll_Q / ratio_N1.expand_as(token_NC)[hidden_NC]).sum() / token_NC.numel()
 
 
-def logits_of(net, prompt_NP: Tensor, shown_NC: Tensor, real_NL: Tensor) -> Tensor:
-    """Float32 logits of the completion [N, C, V], on the CPU or GPU that holds the network."""
-    ids_NL, device = torch.cat((prompt_NP, shown_NC), 1), next(net.parameters()).device
-    at_NC = torch.arange(prompt_NP.shape[1], ids_NL.shape[1]).expand(len(ids_NL), -1)
-    return net(ids_NL.to(device), real_NL.to(device), at_NC.to(device))
+def logits_of(net, ids_NL: Tensor, shown_NC: Tensor, real_NL: Tensor, at_NC: Tensor) -> Tensor:
+    """Float32 logits [Q, V] of the completion where `at_NC` is True, on the network's device."""
+    P, device = ids_NL.shape[1] - shown_NC.shape[1], next(net.parameters()).device
+    ids_NL = torch.cat((ids_NL[:, :P], shown_NC), 1)
+    h_NLD = net.features(ids_NL.to(device), real_NL.to(device))
+    return net.head(h_NLD[:, P:][at_NC.to(device)])
 
 
 @torch.no_grad()
-def accuracy(net, ids_NL: Tensor, real_NL: Tensor, C: int, names: list[str]) -> dict[str, float]:
-    """Per task, the share of hidden tokens that the network says, half of each completion hidden.
-    End tokens, easily said, do not count."""
-    prompt_NP, token_NC = ids_NL[:, :-C], ids_NL[:, -C:]
+def measure(
+    net, ids_NL: Tensor, real_NL: Tensor, cfg: Recipe, names: list[str]
+) -> dict[str, float]:
+    """With half of each completion hidden: nats a hidden token, and the share of them that the
+    network says, in all and of each task. End tokens, easily said, do not count."""
+    token_NC = ids_NL[:, -cfg.C :]
     hidden_NC = torch.rand(token_NC.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     shown_NC = torch.where(hidden_NC, net.config.mask_id, token_NC)
-    said_NC = logits_of(net, prompt_NP, shown_NC, real_NL).argmax(-1).cpu()
-    counts_NC = hidden_NC & (token_NC != net.config.eos_id)
-    shares = {}
+    counts_NC, said, nll = hidden_NC & (token_NC != net.config.eos_id), [], []
+    for part in parts(len(ids_NL), cfg.micro):
+        at_NC = counts_NC[part]
+        logits_QV = logits_of(net, ids_NL[part], shown_NC[part], real_NL[part], at_NC).cpu()
+        said.append((logits_QV.argmax(-1) == token_NC[part][at_NC]).float())
+        nll.append(F.cross_entropy(logits_QV, token_NC[part][at_NC], reduction="none"))
+    said_Q, nll_Q, row_Q = torch.cat(said), torch.cat(nll), counts_NC.nonzero()[:, 0]
+    m = {"loss": nll_Q.mean().item(), "accuracy": said_Q.mean().item()}
     for task in dict.fromkeys(names):
-        counts = counts_NC & torch.tensor([name == task for name in names])[:, None]
-        shares[task] = (said_NC == token_NC)[counts].float().mean().item()
-    return shares
+        own_Q = torch.tensor([name == task for name in names])[row_Q]
+        m[f"accuracy/{task}"] = said_Q[own_Q].mean().item()
+    return m
+
+
+def parts(n: int, size: int) -> list[slice]:
+    return [slice(i, i + size) for i in range(0, n, size)]
+
+
+# ---- from autoregressive to masked diffusion -----------------------------------------------------
+
+SPARE = re.compile("reserved|unused|extra", re.IGNORECASE)  # names of tokens that nothing has used
+
+
+def choose_mask(tokenizer, taken: set[int]) -> int:
+    """The id of the token that hides others, the tokenizer's mask from now on: the first special
+    one that is not `taken` and that no chat template writes, those called reserved before others;
+    without any, a new one."""
+    template = str(tokenizer.chat_template)
+    idle = [
+        (not SPARE.search(token.content), i, token.content)
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if token.special and i not in taken and token.content not in template
+    ]
+    tokenizer.add_special_tokens({"mask_token": min(idle)[2] if idle else MASK})
+    return tokenizer.mask_token_id
+
+
+def open_autoregressive(path: str, device: torch.device, dtype: torch.dtype):
+    """The network as one of masked diffusion, and its tokenizer. What is a mask already stays; one
+    chosen here begins as the mean of all tokens. ValueError if it is not of such a family."""
+    try:
+        net, tokenizer = model.load(path, device, dtype), model.load_tokenizer(path)
+        if net.config.raw["model_type"].lower() not in model.STOCK:
+            raise ValueError(f"--adapt: {path} is of masked diffusion already: leave --adapt out")
+        return net, tokenizer
+    except model.NoMask:
+        net, tokenizer = model.load(path, device, dtype, mask_id=0), model.load_tokenizer(path)
+    tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
+    roles = "bos", "eos", "pad", "unk", "cls", "sep"
+    taken = {getattr(tokenizer, f"{role}_token_id") for role in roles}
+    taken |= {*model.end_ids(path, net.config, tokenizer, END_TOKENS), net.config.pad_id}
+    model.set_mask(net, choose_mask(tokenizer, taken))
+    return net, tokenizer
+
+
+def shape_defaults(C: int) -> dict:
+    """A defaults.json: completions of the length that was learnt, two tokens a step if they fit."""
+    R = 2 - C % 2
+    block = max(n for n in range(R, 33, R) if C % n == 0)
+    return {"settings": dict(C=C, T=C // R, block=block, K=min(8, C // R), prompt="")}
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -283,11 +367,14 @@ def open_model(cfg: Recipe, rows: list[Demonstration]):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = use_bf16("auto", device)
     if cfg.model:
-        frozen = cfg.lora_r > 0 and bf16
-        net = model.load(cfg.model, device, torch.bfloat16 if frozen else torch.float32)
+        dtype = torch.bfloat16 if cfg.lora_r > 0 and bf16 else torch.float32
+        if cfg.adapt:
+            net, tokenizer = open_autoregressive(cfg.model, device, dtype)
+        else:
+            net, tokenizer = model.load(cfg.model, device, dtype), model.load_tokenizer(cfg.model)
         if cfg.lora_r:
             model.add_lora(net, cfg.lora_r, alpha=cfg.lora_r)
-        return accelerate(net, bf16, cfg.compile), model.load_tokenizer(cfg.model)
+        return accelerate(net, bf16, cfg.compile), tokenizer
     tokenizer = make_tokenizer(rows)
     raw = dict(
         TINY, model_type="llada", architectures=["LLaDAModelLM"], vocab_size=len(tokenizer),
@@ -310,58 +397,162 @@ def examples(
     return rows[:n], rows[n:], (rng.choices(rows[n:], k=cfg.batch) for _ in itertools.count())
 
 
-def prepare(cfg: Recipe, argv: list[str]) -> tuple:
-    """Load everything and begin the log; what `train` takes. Bad input is found here."""
+@dataclass
+class Session:
+    """What training works with."""
+
+    net: model.Transformer
+    tokenizer: object
+    P: int  # the longest prompt
+    held: list[Demonstration]
+    batches: Iterator[list[Demonstration]]
+    log: EventLog
+    optimizer: torch.optim.Optimizer
+    done: int = 0  # steps, by the checkpoint that it goes on from
+
+
+def prepare(cfg: Recipe, argv: list[str]) -> Session:
+    """Load everything and begin the log. Bad input is found here."""
+    state = checkpoint_of(cfg)
     torch.manual_seed(cfg.seed)
     held, known, batches = examples(cfg)
     net, tokenizer = open_model(cfg, known + held)
     P, out = longest(tokenizer, known + held, cfg.C), Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    bring_defaults(cfg.model or "tiny", out)
-    (out / "training.log").write_text("")
-    size, _ = model.count(net)
+    log = EventLog(cfg.out)
+    learnt = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    s = Session(net, tokenizer, P, held, batches, log, optimizer)
+    if state:
+        restore(s, state)
+    else:
+        bring_defaults(cfg.model or "tiny", out)
+        if cfg.adapt and not (out / "defaults.json").exists():
+            (out / "defaults.json").write_text(json.dumps(shape_defaults(cfg.C), indent=2) + "\n")
+        (out / "training.log").write_text("")
+    size, trained = model.count(net)
     note(out, " ".join(["python sft.py", *argv]))
     shape = f"{size:,} parameters, {len(tokenizer)} tokens, P {P}, C {cfg.C}, {len(known):,} rows"
     note(out, f"{shape}; accuracy: hidden tokens of held-out right answers")
-    return net, tokenizer, P, held, batches
+    if cfg.model:
+        mask = tokenizer.convert_ids_to_tokens(net.config.mask_id)
+        note(out, f"{trained:,} trained, {'bf16' if net.bf16 else 'float32'}, mask {mask}")
+    name, tasks = Path(cfg.model or cfg.out).name, cfg.data or " ".join(cfg.task)
+    log.meta(cfg, name, s.done, task=f"sft: {tasks}", L=cfg.C, N=cfg.batch)
+    return s
 
 
-def train(cfg: Recipe, net, tokenizer, P: int, held: list, batches: Iterator[list]) -> None:
-    C, out = cfg.C, Path(cfg.out)
-    held_ids_NL, held_real_NL = encode(tokenizer, held, P, C, net.config)
-    learnt = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learnt, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01)
+def train(cfg: Recipe, s: Session) -> None:
+    """Hide, predict, learn, until cfg.steps are done; then the model folder is written. Halt where
+    somebody stops it, or where the loss is not finite."""
+    net, C, out, stop = s.net, cfg.C, Path(cfg.out), StopSignal()
+    held_NL = encode(s.tokenizer, s.held, s.P, C, net.config)
+    (learnt,) = (group["params"] for group in s.optimizer.param_groups)
 
-    losses, told, began = [], 0, time.perf_counter()
-    for step, rows in enumerate(itertools.islice(batches, cfg.steps), 1):
+    losses, told, began = [], s.done, time.perf_counter()
+    batches = itertools.islice(s.batches, s.done, cfg.steps)
+    for step, rows in enumerate(batches, s.done + 1):
         lr = cfg.lr * min(step / max(1, cfg.warmup), 1) * (1 - (step - 1) / cfg.steps)
-        for group in optimizer.param_groups:
+        for group in s.optimizer.param_groups:
             group["lr"] = lr
-        ids_NL, real_NL = encode(tokenizer, rows, P, C, net.config)
-        shown_NC, hidden_NC, ratio_N1 = hide(ids_NL[:, P:], net.config.mask_id)
-        logits_NCV = logits_of(net, ids_NL[:, :P], shown_NC, real_NL)
-        moved = (x.to(logits_NCV.device) for x in (ids_NL[:, P:], hidden_NC, ratio_N1))
-        loss = diffusion_loss(logits_NCV, *moved)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(learnt, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-        if step % 50 == 0 or step in (1, cfg.steps):
-            mean = torch.stack(losses).mean().item()
+        ids_NL, real_NL = encode(s.tokenizer, rows, s.P, C, net.config)
+        token_NC = ids_NL[:, -C:]
+        shown_NC, hidden_NC, ratio_N1 = hide(token_NC, net.config.mask_id)
+        losses.append(0.0)
+        for part in parts(len(rows), cfg.micro):
+            at_NC = hidden_NC[part]
+            logits_QV = logits_of(net, ids_NL[part], shown_NC[part], real_NL[part], at_NC)
+            moved = (x[part].to(logits_QV.device) for x in (token_NC, hidden_NC, ratio_N1))
+            loss = diffusion_loss(logits_QV, *moved) * (len(at_NC) / len(rows))
+            loss.backward()
+            losses[-1] += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(learnt, 1.0)
+        s.optimizer.step()
+        s.optimizer.zero_grad()
+        if step % cfg.eval_every == 0 or step in (1, cfg.steps):
+            mean, s.log.it = torch.stack(losses).mean().item(), step
             if not math.isfinite(mean):
-                raise SystemExit(f"sft: the loss is {mean} by step {step}: lower --lr {cfg.lr}")
-            losses = []
-            shares = accuracy(net, held_ids_NL, held_real_NL, C, [row[0] for row in held])
+                raise Halt(f"the loss is {mean} by step {step}: lower --lr {cfg.lr}")
             each = (time.perf_counter() - began) / (step - told)
-            told, began = step, time.perf_counter()
-            scores = "  ".join(f"{task} {share:.3f}" for task, share in shares.items())
-            left = (cfg.steps - step) * each / 60
-            note(out, f"step {step:5}  loss {mean:.4f}  {scores}  lr {lr:.1e}  {each:.2f} s/step  "
-                     f"left {left:.1f} min")  # fmt: skip
-        if step % cfg.save_every == 0 or step == cfg.steps:
-            model.save(net, out)
-            tokenizer.save_pretrained(out)
+            left = (cfg.steps - step) * each
+            m = {"loss": mean, "grad_norm": norm.item(), "lr": lr, "t/total": each, "eta_s": left}
+            s.log.write("step", it=step - 1, m=m, n=len(rows))
+            with s.log.phase(step, "eval"):
+                held = measure(net, *held_NL, cfg, [row[0] for row in s.held])
+            s.log.write("eval", it=step, m=held, n=len(s.held), split="val", step=step)
+            losses, told, began = [], step, time.perf_counter()
+            scores = "  ".join(
+                f"{name.partition('/')[2]} {x:.3f}" for name, x in held.items() if "/" in name
+            )
+            note(out, f"step {step:5}  loss {mean:.4f}  held {held['loss']:.4f}  {scores}  "
+                     f"lr {lr:.1e}  {each:.2f} s/step  left {left / 60:.1f} min")  # fmt: skip
+        if step < cfg.steps and (step % cfg.save_every == 0 or stop.number is not None):
+            with s.log.phase(step, "save"):
+                save_checkpoint(cfg, s, step)
+        if step < cfg.steps and stop.number is not None:
+            again = shlex.join([a for a in sys.argv if a != "--resume"])
+            raise Halt(f"stopped by a signal; continue with: python {again} --resume",
+                       code=128 + stop.number)  # fmt: skip
+    if cfg.adapt:
+        model.merge_lora(net)
+    model.save(net, out)
+    s.tokenizer.save_pretrained(out)
+    if cfg.model:
+        model.bring_ends(cfg.model, out)
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+FREE = {"out", "resume", "micro", "eval_every", "save_every", "compile"}  # may change on the way
+
+
+def checkpoint_of(cfg: Recipe) -> dict | None:
+    """What --resume goes on from. ValueError where it cannot, or where its run would be lost."""
+    file = Path(cfg.out) / "checkpoint.pt"
+    if not cfg.resume:
+        if file.exists():
+            raise ValueError(
+                f"--out {cfg.out} holds an unfinished run: go on with --resume, or name another"
+            )
+        return None
+    if not file.exists():
+        raise ValueError(f"--resume: no {file}, so there is nothing to go on with")
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    for name, began in state["recipe"].items():
+        now = getattr(cfg, name)
+        if name not in FREE and now != began:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {now}: the run in --out {cfg.out} began with {began}")
+    return state
+
+
+def save_checkpoint(cfg: Recipe, s: Session, step: int) -> None:
+    """One file: what was learnt, the optimizer, and what is drawn next. The old one or the new one
+    is there, whenever we are killed."""
+    file, temporary = Path(cfg.out) / "checkpoint.pt", Path(cfg.out) / ".checkpoint.pt"
+    state = dict(
+        step=step, recipe=asdict(cfg), random=torch.get_rng_state(),
+        learnt=[p.detach() for p in s.optimizer.param_groups[0]["params"]],
+        optimizer=s.optimizer.state_dict(),
+    )  # fmt: skip
+    try:
+        torch.save(state, temporary)
+        sync(temporary)
+        os.replace(temporary, file)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise Halt(f"cannot write {file}: {error}") from None
+    s.log.write("ckpt", it=step, path=str(file), durable=True)
+
+
+@torch.no_grad()
+def restore(s: Session, state: dict) -> None:
+    for p, value in zip(s.optimizer.param_groups[0]["params"], state["learnt"]):
+        p.copy_(value)
+    s.optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"])
+    s.done = state["step"]
 
 
 def note(out: Path, line: str) -> None:
@@ -374,11 +565,17 @@ def note(out: Path, line: str) -> None:
 def main(argv: list[str]) -> int:
     try:
         cfg = read(Recipe, argv, "sft.py")
-        prepared = prepare(cfg, argv)
+        session = prepare(cfg, argv)
     except (ValueError, OSError) as error:
         print(f"sft: {error}", file=sys.stderr)
         return 2
-    train(cfg, *prepared)
+    try:
+        train(cfg, session)
+    except Halt as halt:
+        session.log.end("stopped" if halt.code > 2 else "crashed", str(halt))
+        print(f"sft: {halt}", file=sys.stderr)
+        return halt.code
+    session.log.end("finished")
     return 0
 
 

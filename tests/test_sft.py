@@ -2,23 +2,28 @@
 
 import itertools
 import json
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
 import config
 import egspo
 import model
 import run as running
 import sft
-from data import TASKS
-from processes import REPO, run
-from toy import toy_model
+from data import TASKS, WORDED, Problem
+from events import Log
+from processes import REPO, Forked, events, run, train
+from test_model import some_ids
+from toy import END, byte_tokenizer, toy_model
 
 TINY = REPO / "tiny"
 
@@ -31,6 +36,15 @@ def toy(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A training takes signals; the tests' own process takes them as before."""
+    held = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in held.items():
+        signal.signal(number, handler)
 
 
 # ---- demonstrators -------------------------------------------------------------------------------
@@ -140,7 +154,7 @@ def test_the_loss_is_the_hidden_tokens_nll_over_their_ratio():
         for c in range(4):
             if hidden_NC[n, c]:
                 want += nll_NC[n, c].item() / ratio_N1[n].item() / 24
-    got = sft.diffusion_loss(logits_NCV, token_NC, hidden_NC, ratio_N1).item()
+    got = sft.diffusion_loss(logits_NCV[hidden_NC], token_NC, hidden_NC, ratio_N1).item()
     assert got == pytest.approx(want)
 
 
@@ -192,14 +206,15 @@ def test_with_adapters_only_the_adapter_is_learnt_and_saved(tmp_path, toy, backw
 @pytest.mark.parametrize(
     "words",
     ["--steps 0", "--task chess", "--task", "--lr nan", "--lr -1", "--steps many", "--bogus 1",
-     "--data nowhere.jsonl", "--model nowhere/at/all", "--lora-r 8", "--batch 0",
+     "--data nowhere.jsonl", "--model nowhere/at/all", "--lora-r 8", "--batch 0", "--adapt",
+     "--resume", "--micro 0", "--adapt --model nowhere/at/all",
      "--task sudoku --C 5"],
 )  # fmt: skip
 def test_a_bad_command_line_is_one_line_and_code_2(words, tmp_path, capsys):
     assert sft.main([*words.split(), "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr()
     assert told.err.startswith("sft: ") and len(told.err.strip().splitlines()) == 1
-    assert words.rsplit("--")[-1].split()[0] in told.err or words.startswith("--model")
+    assert words.rsplit("--")[-1].split()[0] in told.err or "--model" in words
 
 
 def test_a_row_without_a_completion_is_named_by_its_line_and_the_process_exits_with_2(tmp_path):
@@ -207,6 +222,173 @@ def test_a_row_without_a_completion_is_named_by_its_line_and_the_process_exits_w
     file.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     done = run("--data", file, "--out", tmp_path / "out", script=REPO / "sft.py")
     assert done.returncode == 2 and "line 2" in done.stderr
+
+
+def test_rows_of_gsm8k_are_answered_as_its_task_wants_it(tmp_path):
+    row = {"question": "How many?", "answer": "3*4=<<3*4=12>>12 each,\nso 1,012.\n#### 1,012"}
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 2))
+    _, prompt, completion = sft.read_rows(str(tmp_path / "rows.jsonl"))[0]
+    task = TASKS["gsm8k"]
+    want, answer = task.build(row)
+    assert prompt == want == WORDED + "How many?" and "3*4=12 each,\nso 1,012." in completion
+    reward = task.reward(completion, Problem("gsm8k", prompt, answer, "0"))
+    assert reward.correct and reward == sum(reward.parts.values()) > 1
+
+
+def test_rows_of_a_backward_pass_change_nothing_but_rounding(tmp_path, toy, backwards):
+    for micro in ("16", "5"):
+        words = f"--model {toy} --data {backwards} --steps 2 --batch 16 --C 6 --no-compile"
+        words = [*words.split(), "--micro", micro, "--out", str(tmp_path / micro)]
+        assert sft.main(words) == 0
+    one, other = (load_file(tmp_path / n / "model.safetensors") for n in ("16", "5"))
+    before = load_file(toy / "model.safetensors")
+    assert all((one[name] - other[name]).abs().max() < 1e-6 for name in one)
+    assert all((one[name] - before[name]).abs().max() > 1e-6 for name in one)
+
+
+# ---- going on ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", ["", "--lora-r 2"])
+def test_a_run_that_was_stopped_and_goes_on_equals_one_that_was_not(tmp_path, toy, backwards, lora):
+    words = (
+        f"--model {toy} --data {backwards} --steps 80 --batch 8 --C 6 --no-compile --lr 1e-2 "
+        f"--eval-every 10 {lora}"
+    ).split()
+    script, out = REPO / "sft.py", tmp_path / "out"
+    assert run(*words, "--out", tmp_path / "whole", script=script).returncode == 0
+    first = Forked(script, [*words, "--out", out])
+    while not first.stdout.readline().startswith("step"):
+        pass
+    os.kill(first.pid, signal.SIGTERM)
+    stopped = first.wait()
+    assert stopped.returncode == 143 and "--resume" in stopped.stderr, stopped.stderr
+    assert (out / "checkpoint.pt").exists() and not (out / "config.json").exists()
+
+    afresh = run(*words, "--out", out, script=script)
+    assert afresh.returncode == 2 and "unfinished run" in afresh.stderr
+    other = run(*words, "--out", out, "--resume", "--seed", 1, script=script)
+    assert other.returncode == 2 and "--seed 1: the run in --out" in other.stderr
+    done = run(*words, "--out", out, "--resume", script=script)
+    assert done.returncode == 0, done.stderr
+    file = "adapter_model.safetensors" if lora else "model.safetensors"
+    assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    again = run(*words, "--out", out, "--resume", script=script)
+    assert again.returncode == 2 and "nothing to go on with" in again.stderr
+
+    assert not (out / "checkpoint.pt").exists()
+    last = [[e["m"]["loss"] for e in events(folder) if e["e"] == "eval"][-1]
+            for folder in (out, tmp_path / "whole")]  # fmt: skip
+    assert last[0] == last[1]
+
+
+# ---- from autoregressive to masked diffusion -----------------------------------------------------
+
+
+def autoregressive(folder: Path, kind=LlamaConfig, idle="<|reserved_7|>", **changes) -> Path:
+    """A random model as transformers saves it, and a tokenizer with one idle special token, or with
+    `idle` END none. There are more rows than tokens."""
+    sizes = dict(
+        vocab_size=264, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_hidden_layers=2, intermediate_size=48, eos_token_id=256, pad_token_id=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(kind(**sizes | changes))
+    made.save_pretrained(folder)
+    byte_tokenizer(mask=idle, said=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind, lora", [(LlamaConfig, ""), (Qwen3Config, "--lora-r 8")])
+def test_an_autoregressive_model_becomes_one_of_masked_diffusion(kind, lora, tmp_path, backwards):
+    base, out = autoregressive(tmp_path / "base", kind), tmp_path / "out"
+    with pytest.raises(ValueError, match="sft.py --adapt"):
+        model.load(base)
+    words = (
+        f"--adapt --model {base} --data {backwards} --out {out} --steps 40 --batch 16 --C 6 "
+        f"--lr 1e-2 --warmup 5 --eval-every 20 --no-compile {lora}"
+    )
+    assert sft.main(words.split()) == 0
+    log = Log(out / "events.jsonl")
+    log.poll()
+    told = log.summary()
+    assert (told["status"], told["done"], told["iters"]) == ("finished", 40, 40)
+    held = [told["evals"][it]["loss"] for it in (1, 20, 40)]
+    assert held[2] < held[1] < held[0] and 0 <= told["evals"][40]["accuracy"] <= 1
+
+    raw = json.loads((out / "config.json").read_text())
+    assert raw["mask_token_id"] == 257 and raw["shift_logits"] is True
+    assert AutoTokenizer.from_pretrained(out).mask_token_id == 257
+    assert (out / "generation_config.json").exists() and not (out / "adapter_config.json").exists()
+    net, before = model.load(out), load_file(base / "model.safetensors")
+    theirs = AutoModelForCausalLM.from_pretrained(out)
+    for name, p in theirs.named_parameters():
+        assert name == "model.norm.weight" or name in before and p.shape == before[name].shape
+    assert net.config.shifted and config.of_model(str(out)).C == 6
+    train(out, tmp_path / "run", "--steps", 1, "--lora-r", 2)
+
+
+def test_what_adapters_of_an_autoregressive_model_learnt_is_in_the_weights(tmp_path, backwards):
+    base, out = autoregressive(tmp_path / "base"), tmp_path / "out"
+    words = f"--adapt --model {base} --data {backwards} --out {out} --steps 1 --C 6 --no-compile"
+    assert sft.main([*words.split(), "--lora-r", "2", "--warmup", "0"]) == 0
+    before, after = (load_file(at / "model.safetensors") for at in (base, out))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    maps = {name for name in before if "_proj" in name}
+    assert moved - {"model.embed_tokens.weight", "lm_head.weight"} == maps  # those: of the mask
+
+
+MASKS = {  # special tokens beside END, a chat template: what hides others
+    "reserved first": (["<|box|>", "<|reserved_0|>"], "", "<|reserved_0|>"),
+    "the first idle one": (["<|box|>", "<|quad|>"], "", "<|box|>"),
+    "not of the template": (["<|im_start|>", "<|box|>"], "<|im_start|>", "<|box|>"),
+    "not an end of a turn": (["<|im_end|>", "<|box|>"], "", "<|box|>"),
+    "a new one": (["<|im_end|>"], "", "<|mask|>"),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_mask_is_an_idle_special_token_or_a_new_one(name, tmp_path):
+    special, template, wanted = MASKS[name]
+    base = autoregressive(tmp_path, idle=END)
+    tokenizer = byte_tokenizer(mask=END, said=False)
+    tokenizer.add_special_tokens({"extra_special_tokens": special})
+    tokenizer.chat_template = template + "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(base)
+    net, tokenizer = sft.open_autoregressive(str(base), torch.device("cpu"), torch.float32)
+    assert tokenizer.mask_token == wanted
+    assert net.config.mask_id == tokenizer.mask_token_id == net.config.raw["mask_token_id"]
+    assert net.never_V[net.config.mask_id] and len(net.embed.weight) == 264
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_new_mask_grows_the_vocabulary_and_changes_nothing_else(tied, tmp_path, backwards):
+    tokens = len(byte_tokenizer(mask=END, said=False))
+    sizes = dict(idle=END, vocab_size=tokens, tie_word_embeddings=tied)
+    base, device = autoregressive(tmp_path / "base", **sizes), torch.device("cpu")
+    net, tokenizer = sft.open_autoregressive(str(base), device, torch.float32)
+    assert net.config.mask_id == tokens == len(net.embed.weight) - 1 == len(net.never_V) - 1
+    assert torch.allclose(net.embed.weight[-1], net.embed.weight[:-1].mean(0), atol=1e-6)
+    with torch.no_grad():
+        before, after = (n(some_ids()) for n in (model.load(base, mask_id=0), net))
+    assert torch.equal(before, after[..., :-1])
+    words = f"--adapt --model {base} --data {backwards} --out {tmp_path / 'out'} --steps 1 --C 6"
+    assert sft.main([*words.split(), "--no-compile"]) == 0
+    assert model.load(tmp_path / "out").config.mask_id == tokens
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert theirs.config.vocab_size == tokens + 1
+
+
+def test_what_is_of_masked_diffusion_already_is_not_adapted_again(tmp_path, toy, backwards, capsys):
+    words = f"--adapt --model {toy} --data {backwards} --out {tmp_path / 'out'}"
+    assert sft.main(words.split()) == 2
+    assert "masked diffusion already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("C", [1, 6, 7, 24, 64, 100, 300])
+def test_the_defaults_of_what_was_adapted_fit_its_completions(C):
+    shape = sft.shape_defaults(C)["settings"]
+    assert config.Config(model="any", minibatches=1, **shape).C == C
 
 
 # ---- tiny/ ---------------------------------------------------------------------------------------
