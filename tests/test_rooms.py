@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 REPO = Path(__file__).parents[1]
@@ -29,3 +30,10 @@ def test_no_room_imports_itself_in_a_circle_and_none_imports_the_method():
     assert {"run", "config", "data"} <= knows["egspo"]  # imports are seen at all
     assert not [name for name, others in knows.items() if "egspo" in others]
     graphlib.TopologicalSorter(knows).prepare()  # CycleError says which
+
+
+def test_every_test_that_the_readme_names_is_there():
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", (REPO / "README.md").read_text())
+    assert len(named) > 12
+    for file, name in named:
+        assert f"\ndef {name}(" in (REPO / "tests" / file).read_text(), (file, name)
