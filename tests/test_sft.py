@@ -23,7 +23,7 @@ from data import TASKS, WORDED, Problem
 from events import Log
 from processes import REPO, Forked, events, run, train
 from test_model import some_ids
-from toy import END, byte_tokenizer, toy_model
+from toy import END, autoregressive, byte_tokenizer, toy_model
 
 TINY = REPO / "tiny"
 
@@ -285,20 +285,6 @@ def test_a_run_that_was_stopped_and_goes_on_equals_one_that_was_not(tmp_path, to
 # ---- from autoregressive to masked diffusion -----------------------------------------------------
 
 
-def autoregressive(folder: Path, kind=LlamaConfig, idle="<|reserved_7|>", **changes) -> Path:
-    """A random model as transformers saves it, and a tokenizer with one idle special token, or with
-    `idle` END none. There are more rows than tokens."""
-    sizes = dict(
-        vocab_size=264, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        num_hidden_layers=2, intermediate_size=48, eos_token_id=256, pad_token_id=256,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(kind(**sizes | changes))
-    made.save_pretrained(folder)
-    byte_tokenizer(mask=idle, said=False).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("kind, lora", [(LlamaConfig, ""), (Qwen3Config, "--lora-r 8")])
 def test_an_autoregressive_model_becomes_one_of_masked_diffusion(kind, lora, tmp_path, backwards):
     base, out = autoregressive(tmp_path / "base", kind), tmp_path / "out"
@@ -380,7 +366,7 @@ def test_a_new_mask_grows_the_vocabulary_and_changes_nothing_else(tied, tmp_path
 
 
 def test_what_is_of_masked_diffusion_already_is_not_adapted_again(tmp_path, toy, backwards, capsys):
-    words = f"--adapt --model {toy} --data {backwards} --out {tmp_path / 'out'}"
+    words = f"--adapt --model {toy} --data {backwards} --out {tmp_path / 'out'} --steps 1"
     assert sft.main(words.split()) == 2
     assert "masked diffusion already" in capsys.readouterr().err
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import model
 
@@ -63,4 +63,18 @@ def hasty(folder, **changes):
         if name in tensors:
             tensors[name][256] *= 4
     save_file(tensors, file)
+    return folder
+
+
+def autoregressive(folder: Path, kind=LlamaConfig, idle="<|reserved_7|>", **changes) -> Path:
+    """A random model as transformers saves it, and a tokenizer with one idle special token, or with
+    `idle` END none. There are more rows than tokens."""
+    sizes = dict(
+        vocab_size=264, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_hidden_layers=2, intermediate_size=48, eos_token_id=256, pad_token_id=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(kind(**sizes | changes))
+    made.save_pretrained(folder)
+    byte_tokenizer(mask=idle, said=False).save_pretrained(folder)
     return folder
