@@ -60,8 +60,7 @@ class Recipe:
     task: tuple[str, ...] = ("sudoku", "countdown", "toycode")  # demonstrated tasks
     model: str = ""  # fine-tune this folder or hub id; without it, a small new model
     adapt: bool = False  # --model is autoregressive: make a masked diffusion model of it
-    data: str = ""  # learn the rows of this .jsonl file, not the tasks: prompt and completion, or
-    # question and answer as GSM8K has them
+    data: str = ""  # learn this .jsonl file's rows (prompt, completion; or GSM8K's), not the tasks
     out: str = ""  # folder for weights, tokenizer and training.log
     resume: bool = False  # go on in --out; all else as in the command that began it
     steps: int = 5000
@@ -337,18 +336,18 @@ def choose_mask(tokenizer, taken: set[int]) -> int:
 def open_autoregressive(path: str, device: torch.device, dtype: torch.dtype):
     """The network as one of masked diffusion, and its tokenizer. What is a mask already stays; one
     chosen here begins as the mean of all tokens. ValueError if it is not of such a family."""
-    try:
-        net, tokenizer = model.load(path, device, dtype), model.load_tokenizer(path)
-        if net.config.raw["model_type"].lower() not in model.STOCK:
-            raise ValueError(f"--adapt: {path} is of masked diffusion already: leave --adapt out")
-        return net, tokenizer
-    except model.NoMask:
-        net, tokenizer = model.load(path, device, dtype, mask_id=0), model.load_tokenizer(path)
+    tokenizer = model.load_tokenizer(path)
     tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
-    roles = "bos", "eos", "pad", "unk", "cls", "sep"
-    taken = {getattr(tokenizer, f"{role}_token_id") for role in roles}
-    taken |= {*model.end_ids(path, net.config, tokenizer, END_TOKENS), net.config.pad_id}
-    model.set_mask(net, choose_mask(tokenizer, taken))
+    try:
+        net = model.load(path, device, dtype)
+    except model.NoMask:
+        net = model.load(path, device, dtype, mask_id=0)
+        roles = "bos", "eos", "pad", "unk", "cls", "sep"
+        taken = {getattr(tokenizer, f"{role}_token_id") for role in roles}
+        taken |= {*model.end_ids(path, net.config, tokenizer, END_TOKENS), net.config.pad_id}
+        model.set_mask(net, choose_mask(tokenizer, taken))
+    if net.config.raw["model_type"].lower() not in model.STOCK:
+        raise ValueError(f"--adapt: {path} is of masked diffusion already: leave --adapt out")
     return net, tokenizer
 
 
@@ -470,7 +469,8 @@ def train(cfg: Recipe, s: Session) -> None:
         s.optimizer.step()
         s.optimizer.zero_grad()
         if step % cfg.eval_every == 0 or step in (1, cfg.steps):
-            mean, s.log.it = torch.stack(losses).mean().item(), step
+            mean = torch.stack(losses).mean().item()
+            s.log.it = step
             if not math.isfinite(mean):
                 raise Halt(f"the loss is {mean} by step {step}: lower --lr {cfg.lr}")
             each = (time.perf_counter() - began) / (step - told)

@@ -1001,10 +1001,9 @@ def run_view(view: View, w: int, h: int) -> list[Line]:
         *list(history.evals.items())[-3:],
         *((e["it"], e) for e in history.tests.values()),
     ]:
-        low, high = e.get("lo", math.nan), e.get("hi", math.nan)
-        facts[f"{e['split'] or 'eval'} at {it}"] = (
-            f"{e['accuracy']:.1%} ({low:.1%} to {high:.1%}) of {e['n']} {e['split']}"
-        )
+        interval = f"({e['lo']:.1%} to {e['hi']:.1%}) " if "lo" in e and "hi" in e else ""
+        share = f"{e['accuracy']:.1%} {interval}of {e['n']} {e['split']}"
+        facts[f"{e['split'] or 'eval'} at {it}"] = share
 
     def table(facts: object, skip: int) -> Draw:
         known = facts.items() if isinstance(facts, dict) else ()
@@ -1316,7 +1315,7 @@ def print_lines(log: Log, hz: float) -> None:
         lines = {(it, 2, f"{level}  {text}") for it, level, text in history.alerts}
         for it, e in history.evals.items():
             lines.add((it, 0, f"eval  accuracy {e['accuracy']:.1%} of {e['n']}"))
-        for it in history.entropy:
+        for it in history.series.get("t/total", history.entropy):
             values = [f"{name} {num(history.series[name].get(it))}" for name in names]
             lines.add((it, 1, "  ".join(values)))
         for it, _, text in sorted(lines - told):
