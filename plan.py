@@ -119,7 +119,6 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1, device: str = "cuda") -> Plan:
     slab = min(2**22 if device == "cpu" else 2**24, N * cfg.block * V) * 4
     gradients = trained * 4 / share
     cache = 2 * c.n_kv_heads * c.d_head * wide * N * L * (cfg.cache == "block")
-    summed = 2 * gradients * (ranks > 1 and not cfg.shard)  # flattened, and the sum
 
     moments = {
         "loading": {"a file": min(FILE, parameters * 2) * (device == "cpu")},
@@ -151,7 +150,7 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1, device: str = "cuda") -> Plan:
             "inputs of blocks": inputs, "block": backward,
         },
         "sum": {
-            "gradients": gradients + summed, "root": 2 * root,
+            "gradients": gradients, "root": 2 * root,
             "new gradient": new * cfg.shard, "inputs of blocks": inputs * cfg.shard,
         },
     }  # fmt: skip
