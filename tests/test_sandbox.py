@@ -835,7 +835,7 @@ def test_nothing_outlives_the_trainer_however_it_ends(sign):
     assert eventually(lambda: len(descendants(trainer.pid)) == 6)
     pids = descendants(trainer.pid)
     trainer.send_signal(sign)
-    trainer.communicate(timeout=10)
+    trainer.communicate(timeout=30)
     assert gone(pids)
 
 
