@@ -155,6 +155,7 @@ def summary(log: list[dict]) -> dict:
         curve.append(dict(step=step, accuracy=m["accuracy"], samples=samples, tflop=tflop))
     (*_, last), (*_, test) = evals["val"].values(), evals["test"].values() or [None]
     return {
+        "git": next(event["git"] for event in log if event["e"] == "meta"),
         "curve": curve,
         "accuracy": last["accuracy"],
         "test": test and [test["accuracy"], test["lo"], test["hi"]],
