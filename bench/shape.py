@@ -91,15 +91,15 @@ def main() -> None:
         asked, out = Path(place, "prompt.txt"), Path(place, "run")
         asked.write_text("[user]\n{question}\n")
         words = f"{STEP} --model {folder} --out {out} --prompt {asked}".split()
+        cfg, _ = parse(words)
+        bf16 = running.use_bf16(cfg.precision, torch.device("cpu"))
+        planned = plan.plan(cfg, bf16, device="cpu")
         done = subprocess.run(
             [sys.executable, __file__, "step", *words], stdout=subprocess.PIPE, text=True,
             env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         )  # fmt: skip
         if done.returncode:
             sys.exit(done.stdout + f"egspo.py ended with {done.returncode}")
-        cfg, _ = parse(words)
-        bf16 = running.use_bf16(cfg.precision, torch.device("cpu"))
-        planned = plan.plan(cfg, bf16, device="cpu")
     lines = done.stdout.splitlines()
     loaded, ended = (
         float(next(line.split()[1] for line in lines if line.startswith(word)))
