@@ -822,7 +822,8 @@ def test_closing_ends_all_processes_even_in_the_middle_of_a_job():
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_nothing_outlives_the_trainer_however_it_ends(sign):
     code = (
-        "import sandbox, sys\nbox = sandbox.Sandbox(workers=2, wall_s=60)\n"
+        "import sandbox, signal\nbox = sandbox.Sandbox(workers=2, wall_s=60)\n"
+        "signal.signal(2, signal.default_int_handler)\n"  # a background job's ignores it
         "print('ready', flush=True)\n"
         "job = dict(code='import time; time.sleep(60)', names=[], before='', setup='')\n"
         "job['tests'] = ['1']\n"
