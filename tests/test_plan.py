@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,6 +167,26 @@ def test_the_plan_is_what_the_code_takes(variant, tmp_path, monkeypatch, request
             assert held + extra == pytest.approx(found[phase], rel=0.05), phase
     moments = [sum(parts.values()) for name, parts in planned.moments.items() if name != "loading"]
     assert held + max(moments) == pytest.approx(max(found.values()), rel=0.05)
+
+
+def test_the_plan_knows_the_divergence_of_an_evaluation(tmp_path, monkeypatch):
+    """Two policies' probabilities of every revealed position, here 32 of each of 8 rows."""
+    raw = json.loads((FIXTURES / "llada-8b-instruct" / "config.json").read_text()) | {"n_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    shape = dict(P=1, C=32, T=1, K=1, B=1, G=8, minibatches=1)
+    cfg = Config(task="gsm8k", model=str(tmp_path), **shape)
+    monkeypatch.setattr(egspo, "uniform", lambda shape, rows, *_: torch.zeros(len(rows)))
+    net = model.skeleton(model.parse_config(raw), torch.bfloat16)
+    with counting() as count:
+        model.add_lora(allocated(net), cfg.lora_r, cfg.lora_alpha)
+        at_NP, at_NC = torch.zeros(8, 1, dtype=torch.long), torch.zeros(8, 32, dtype=torch.long)
+        logp_NC = torch.zeros(8, 32)
+        roll = egspo.Rollout(at_NP, at_NP == 0, at_NC, at_NC, logp_NC, logp_NC, at_NC[:, None], 1)
+        run = SimpleNamespace(policy=net, reference=lambda: model.as_reference(net))
+        held = count.now
+        _, most = count.peak(lambda: egspo.kl_of_a_step(run, roll, range(8), cfg))
+    planned = sum(plan.plan(cfg, bf16=True).moments["likelihood"].values())
+    assert planned == pytest.approx(most - held, rel=0.05)
 
 
 def test_four_bits_take_what_the_plan_says():
