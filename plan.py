@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
@@ -53,8 +54,8 @@ def step_cost(
 
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a number: 4 bits, its block's scale, the scales' own
 ADAM = {"adamw": 8, "adamw8bit": 2 + 2 * 4 / 256}  # bytes a trained number: two moments
-PYTHON = 0.75e9  # what Python and its libraries take of a CPU's memory
-FILE = 5e9  # the largest files of a model on the hub; on a CPU one is mapped while it is read
+PYTHON = 0.4e9  # what Python and its libraries take of a CPU's memory
+FILE = 5e9  # the largest files of a model on the hub
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Plan:
 
 def plan(cfg: Config, bf16: bool, ranks: int = 1, device: str = "cuda") -> Plan:
     """What a run takes; P is 256 where only the data could tell."""
-    net, r, warm = shapes(cfg)
+    net, folder, r, warm = shapes(cfg)
     c, (parameters, trained) = net.config, model.count(net)
     parameters -= trained * (r > 0)
     maps = sum(p.numel() for p in net.blocks.parameters() if p.dim() == 2) - trained * (r > 0)
@@ -120,8 +121,12 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1, device: str = "cuda") -> Plan:
     gradients = trained * 4 / share
     cache = 2 * c.n_kv_heads * c.d_head * wide * N * L * (cfg.cache == "block")
 
+    files = [file.stat().st_size for file in folder.glob("*.safetensors")]
+    read = max(files, default=min(FILE, parameters * 2))  # on a CPU it takes room, mapped
+    read = max(0, read - held["optimizer"] - trained * 4 * (r > 0))  # which are not there yet
+
     moments = {
-        "loading": {"a file": min(FILE, parameters * 2) * (device == "cpu")},
+        "loading": {"a file": read * (device == "cpu")},
         "rollout": {
             "keys and values": cache * (c.n_layers - 1),
             "root": root, "copies": copies, "block": N * L * inside,
@@ -159,8 +164,8 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1, device: str = "cuda") -> Plan:
     return Plan(parameters, trained, held, moments, flops)
 
 
-def shapes(cfg: Config) -> tuple[model.Transformer, int, bool]:
-    """The network without its numbers, the rank of its adapters, and whether they come with it."""
+def shapes(cfg: Config) -> tuple[model.Transformer, Path, int, bool]:
+    """The network without its numbers, its folder, and the rank of its adapters; are they there?"""
     folder = model.find_folder(cfg.model, [*model.SMALL, "adapter_config.json"])
     rank = model.adapter_rank(folder)
     base = folder
@@ -169,7 +174,7 @@ def shapes(cfg: Config) -> tuple[model.Transformer, int, bool]:
     net = model.from_config(base, "meta")
     if rank or cfg.lora_r:
         model.add_lora(net, rank or cfg.lora_r, cfg.lora_alpha)
-    return net, rank or cfg.lora_r, rank > 0
+    return net, base, rank or cfg.lora_r, rank > 0
 
 
 def block_bytes(c: model.Architecture, lora: bool, wide: int, stream: int) -> tuple[float, float]:
