@@ -386,10 +386,10 @@ def sudoku_solutions(puzzle: str) -> tuple[str, ...]:
     return tuple(grid for i, grid in enumerate(sudoku_grids()) if left >> i & 1)
 
 
-def sudoku_rows(split: str, data_dir: str | None) -> list[dict]:
-    """Puzzles with one solution and 4 to 11 empty cells. Of the 288 grids, 200 are for training, 44
-    for validation and 44 for the test, so no split knows another's solutions. A sudoku_test.csv in
-    data_dir replaces the test split."""
+def sudoku_rows(split: str, data_dir: str | None, fewest: int = 4) -> list[dict]:
+    """Puzzles with one solution and `fewest` to 11 empty cells. Of the 288 grids, 200 are for
+    training, 44 for validation and 44 for the test, so no split knows another's solutions. A
+    sudoku_test.csv in data_dir replaces the test split."""
     if split == "test" and (rows := stored("sudoku_test", data_dir)):
         return rows
     grids = random.Random(0).sample(sudoku_grids(), 288)
@@ -398,14 +398,15 @@ def sudoku_rows(split: str, data_dir: str | None) -> list[dict]:
     rng, puzzles = random.Random(f"sudoku {split}"), {}
     while len(puzzles) < n:
         grid = grids[len(puzzles) % len(grids)]
-        cells, empty = list(grid), rng.randint(4, 11)
+        cells, empty = list(grid), rng.randint(fewest, 11)
         for cell in rng.sample(range(16), 16):
             cells[cell] = "0"
             if matching(cells).bit_count() > 1:
                 cells[cell] = grid[cell]
             if cells.count("0") == empty:
                 break
-        puzzles["".join(cells)] = grid
+        if cells.count("0") >= fewest:
+            puzzles["".join(cells)] = grid
     return [{"puzzle": puzzle, "solution": grid} for puzzle, grid in puzzles.items()]
 
 

@@ -455,7 +455,7 @@ def log_probs(policy: nn.Module, moves: Moves, cfg: Config, guess: bool = False)
     return tuple(None if x[0] is None else torch.cat(x)[:S] for x in zip(*parts))
 
 
-@torch.enable_grad()  # though none is wanted: compiled for inference, bf16 rounds differently
+@torch.enable_grad()  # or it would round unlike the update, and the first ratio would not be 1
 def scored(policy: nn.Module, mb: Moves, cfg: Config, guess: bool):
     h_SCD = completion_features(policy, mb)
     logp_SU, token_SU = move_logp(policy, h_SCD, mb, cfg)

@@ -12,8 +12,8 @@ It also knows tasks that separate better than the embedded ones: `sudoku-hard`, 
 empty cells. Each arm replaces one function of egspo.py: a fork in one file.
 """
 
-import random
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -76,24 +76,7 @@ ARMS = {"plain": lambda: None, "lowest": lowest, "joint": joint, "placebo": plac
 # ---- tasks ---------------------------------------------------------------------------------------
 
 
-def hard_rows(split: str, data_dir: str | None = None) -> list[dict]:
-    """Puzzles as data.sudoku_rows makes them, of the same grids, with 9 to 11 empty cells."""
-    grids = random.Random(0).sample(data.sudoku_grids(), 288)
-    grids = {"train": grids[:200], "val": grids[200:244], "test": grids[244:]}[split]
-    rng, puzzles = random.Random(f"hard {split}"), {}
-    while len(puzzles) < (4000 if split == "train" else data.HELD_OUT):
-        grid = grids[len(puzzles) % len(grids)]
-        cells, empty = list(grid), rng.randint(9, 11)
-        for cell in rng.sample(range(16), 16):
-            cells[cell] = "0"
-            if data.matching(cells).bit_count() > 1:
-                cells[cell] = grid[cell]
-            if cells.count("0") == empty:
-                puzzles["".join(cells)] = grid
-                break
-    return [{"puzzle": puzzle, "solution": grid} for puzzle, grid in puzzles.items()]
-
-
+hard_rows = partial(data.sudoku_rows, fewest=9)
 data.TASKS["sudoku-hard"] = data.Task(
     "sudoku-hard", hard_rows, data.sudoku_build, data.sudoku_judge, asks=data.SUDOKU
 )

@@ -107,7 +107,7 @@ def test_hard_puzzles_have_one_solution_of_their_splits_grids():
 
     seen = set()
     for split in ("train", "val", "test"):
-        rows = arms.hard_rows(split)
+        rows = arms.hard_rows(split, None)
         assert all(9 <= row["puzzle"].count("0") <= 11 for row in rows)
         assert all(data.sudoku_solutions(row["puzzle"]) == (row["solution"],) for row in rows)
         grids = {row["solution"] for row in rows}
