@@ -101,7 +101,7 @@ def train(run: Run, start: int) -> None:
                 old_SU, _, guess_SC = log_probs(policy, moves, cfg, guess=cfg.stepwise)
                 moves = moves._replace(old_SU=old_SU, guess_SC=guess_SC)
             if cfg.beta > 0:
-                with run.reference() as reference:  # the KL is that of the tokens
+                with run.reference() as reference, torch.no_grad():  # the KL is that of the tokens
                     moves = moves._replace(ref_SU=log_probs(reference, moves, of_tokens)[1])
 
         with log.phase(step, "score"):  # credit
@@ -449,13 +449,13 @@ def minibatches(moves: Moves, cfg: Config) -> Iterator[Tensor]:
 
 def log_probs(policy: nn.Module, moves: Moves, cfg: Config, guess: bool = False):
     """Log-prob under `policy` of each move and of its tokens, both [S, U]; with `guess` also its
-    guess [S, C]."""
+    guess [S, C]. Old ones are taken with gradients on, as the update's are: without, other kernels
+    run, which round otherwise, and the first ratio would not be 1."""
     S = len(moves.live_SU)
     parts = [scored(policy, mb, cfg, guess) for mb in micro_batches(moves, cfg.micro)]
     return tuple(None if x[0] is None else torch.cat(x)[:S] for x in zip(*parts))
 
 
-@torch.enable_grad()  # or it would round unlike the update, and the first ratio would not be 1
 def scored(policy: nn.Module, mb: Moves, cfg: Config, guess: bool):
     h_SCD = completion_features(policy, mb)
     logp_SU, token_SU = move_logp(policy, h_SCD, mb, cfg)

@@ -328,9 +328,9 @@ def accelerate(net: nn.Module, bf16: bool, compiled: bool) -> nn.Module:
     """The one place where speed is bought: bf16 autocast, and torch.compile of each block.
 
     The blocks are alike, so they share their graphs: one for each length and use (rollout, update,
-    reference). Past torch's limit of 8 it would go on uncompiled; prompts alone may have 20 lengths
-    (`model.padded_length`). The head stays in the weights' own precision, all after it in float32.
-    Parameter names do not change.
+    a reference in bf16). Past torch's limit of 8 it would go on uncompiled; prompts alone may have
+    20 lengths (`model.padded_length`). The head stays in the weights' own precision, all after it
+    in float32. Parameter names do not change.
     """
     net.bf16, net.compiled = bf16, compiled and can_compile()
     if net.compiled:
@@ -340,12 +340,14 @@ def accelerate(net: nn.Module, bf16: bool, compiled: bool) -> nn.Module:
     return net
 
 
-def freeze(net: nn.Module, bf16: bool) -> None:
-    """Make a reference: its linear maps are stored as autocast reads them, in half the memory."""
-    net.requires_grad_(False)
-    for block in net.blocks if bf16 else ():
-        for _, linear in model.linears(block):
-            linear.to(torch.bfloat16)
+def halve(net: nn.Module, bf16: bool) -> None:
+    """Store a reference's linear maps as autocast reads them. In float32 it stays as it is, even
+    `requires_grad`, for a copy that differs in nothing has no graph of its own: the rollout's."""
+    if bf16:
+        net.requires_grad_(False)
+        for block in net.blocks:
+            for _, linear in model.linears(block):
+                linear.to(torch.bfloat16)
 
 
 def shard(net: nn.Module, bf16: bool, ranks: Ranks) -> None:
@@ -588,7 +590,7 @@ def make_reference(
         frozen, _ = load_policy(cfg, cfg.model, ranks.device)
     else:
         frozen = copy.deepcopy(policy)
-    freeze(frozen, bf16)
+    halve(frozen, bf16)
     if cfg.shard:
         shard(frozen, bf16, ranks)
         return functools.partial(in_turn, policy, accelerate(frozen, bf16, cfg.compile))

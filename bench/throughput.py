@@ -4,6 +4,7 @@
     python bench/throughput.py floor        rollout and update against the machine's matmul rate
     python bench/throughput.py cache        the paper's 256 tokens with a cache against without
     python bench/throughput.py vocabulary   a rollout at V = 126,464 against V = 1,000
+    python bench/throughput.py start        to the first step's line: compiling all, and again
     python bench/throughput.py ranks        two processes of one thread against one process of one
     python bench/throughput.py log          the event log's share of an iteration
     python bench/throughput.py memory       the peak that --dry-run expects against the measured one
@@ -118,7 +119,7 @@ def ours(net, optimizer, size: str, cfg: Config, reference=None) -> None:
     roll = act(net, size, cfg)
     moves = credit(roll, cfg)
     old_SU, _, _ = egspo.log_probs(net, moves, cfg, guess=True)
-    with reference or contextlib.nullcontext(net) as other:
+    with reference or contextlib.nullcontext(net) as other, torch.no_grad():
         _, ref_SU, _ = egspo.log_probs(other, moves, cfg)
     moves = moves._replace(old_SU=old_SU, ref_SU=ref_SU)
     egspo.update(net, optimizer, moves, cfg, running.Ranks(), running.Tally())
@@ -251,7 +252,7 @@ def memory(size: str) -> dict:
     reference = model.as_reference(net)
     if not cfg.lora_r:
         frozen = ready(network(size, 126_464, cfg), cfg)
-        running.freeze(frozen, bf16)
+        running.halve(frozen, bf16)
         reference = contextlib.nullcontext(frozen)
     ours(net, running.make_optimizer(net, cfg), size, cfg, reference)
     measured = peak_bytes() - before
@@ -271,20 +272,42 @@ def peak_bytes() -> int:
 # ---- whole runs ----------------------------------------------------------------------------------
 
 
+def default_run(out: Path, world: int, words: str, **env: str) -> list[dict]:
+    """The steps in the log of a run of the embedded model, under torchrun."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    words = f"--model tiny --task sudoku --no-test --out {out} {words}".split()
+    subprocess.run(
+        [sys.executable, *start, HERE.parent / "egspo.py", *words], check=True,
+        env=os.environ | env, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    log = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    return [event for event in log if event["e"] == "step"]
+
+
+def start(size: str) -> dict:
+    """From the command to the first step's line, the evaluation before it included: with nothing
+    compiled, and again. In steps, too: the third to sixth of the second run."""
+    took = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for state, steps in (("cold", 1), ("warm", 6)):
+            began, out = time.time(), Path(folder) / state
+            done = default_run(out, 1, f"--steps {steps}", TORCHINDUCTOR_CACHE_DIR=f"{folder}/kept")
+            took[state] = done[0]["ts"] - began
+    step = statistics.median(event["m"]["t/total"] for event in done[2:])
+    return dict(
+        cold_s=took["cold"], warm_s=took["warm"], step_s=step, cold_steps=took["cold"] / step,
+        warm_steps=took["warm"] / step,
+    )  # fmt: skip
+
+
 def ranks(size: str) -> dict:
     """The default run for some steps, the same total work: wall time of the steps alone."""
     speeds = {}
-    for world, B in ((1, 16), (2, 8)):
-        out = Path(f"/tmp/egspo-bench-{os.getpid()}-{world}")
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-        words = f"--model tiny --task sudoku --steps 8 --B {B} --eval-n 2 --out {out}".split()
-        subprocess.run(
-            [sys.executable, *start, HERE.parent / "egspo.py", *words], check=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        log = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
-        times = [event["m"]["t/total"] for event in log if event["e"] == "step"][2:]
-        speeds[world] = statistics.median(times)
+    with tempfile.TemporaryDirectory() as folder:
+        for world, B in ((1, 16), (2, 8)):
+            words = f"--steps 8 --eval-n 2 --B {B}"
+            steps = default_run(Path(folder) / str(world), world, words, OMP_NUM_THREADS="1")
+            speeds[world] = statistics.median(event["m"]["t/total"] for event in steps[2:])
     return dict(one_s=speeds[1], two_s=speeds[2], throughput=speeds[1] / speeds[2])
 
 
@@ -313,8 +336,8 @@ def log(size: str) -> dict:
 
 def main() -> None:
     parts = dict(
-        iteration=iteration, floor=floor, cache=cache, vocabulary=vocabulary, ranks=ranks, log=log,
-        memory=memory,
+        iteration=iteration, floor=floor, cache=cache, vocabulary=vocabulary, start=start,
+        ranks=ranks, log=log, memory=memory,
     )  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=parts)

@@ -39,7 +39,8 @@ def main(steps: int = 12) -> None:
         t_NK = select_steps(roll.entropy_NT, cfg.K, cfg.select)  # choose
         moves = gather_moves(roll, t_NK, c.mask_id)
         old_SU, _, guess_SC = log_probs(policy, moves, cfg, guess=True)
-        _, ref_SU, _ = log_probs(reference, moves, cfg)
+        with torch.no_grad():
+            _, ref_SU, _ = log_probs(reference, moves, cfg)
         rewards = task.rewards(texts(roll.token_NC, tokenizer, policy.ends), asked)  # credit
         asked = [problem for problem in asked for _ in range(cfg.K)]
         early = task.rewards(texts(guess_SC, tokenizer, policy.ends), asked)

@@ -44,7 +44,7 @@ def peaks(cfg: Config, bf16: bool, warm: bool = False) -> dict[str, float]:
     net = model.skeleton(model.parse_config(raw), dtype)
     net.bf16, net.checkpointing = bf16, cfg.checkpointing
     frozen = copy.deepcopy(net)
-    running.freeze(frozen, bf16)
+    running.halve(frozen, bf16)
     N, P, ranks = cfg.B * cfg.G, cfg.P, running.Ranks()
     with counting() as count:
         allocated(net)
@@ -92,7 +92,7 @@ def peaks(cfg: Config, bf16: bool, warm: bool = False) -> dict[str, float]:
             old_SU, _, _ = egspo.log_probs(net, moves, cfg, guess=cfg.stepwise)
             ref_SU = None
             if reference:
-                with reference() as other:
+                with reference() as other, torch.no_grad():
                     ref_SU = egspo.log_probs(other, moves, cfg)[1]
             return moves._replace(old_SU=old_SU, ref_SU=ref_SU, adv_SU=old_SU)
 
