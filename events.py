@@ -99,7 +99,7 @@ class EventLog:
         self.q = self.it = self.lost = 0
         self.torn = False
         self.compute: dict[str, float] = {}  # since the run began
-        self.track = lambda m, step: None  # see `tracker`
+        self.tracker = None  # see `tracker`
         self.wrote = self.shown = time.monotonic()
         self.seconds: dict[str, float] = {}
         self.pace: list[float] = []
@@ -143,6 +143,15 @@ class EventLog:
             self.q += 1
             self.wrote = time.monotonic()
 
+    def track(self, m: dict[str, float], step: int) -> None:
+        """Metrics for --track, until that service fails."""
+        try:
+            if self.tracker:
+                self.tracker(m, step)
+        except Exception as error:
+            self.tracker = None
+            say(f"warning: --track {self.cfg.track} failed and gets no more: {error}; the log does")
+
     def heartbeat(self) -> None:
         while not self.closed.wait(15):
             if time.monotonic() - self.wrote >= 15:
@@ -158,7 +167,10 @@ class EventLog:
         N, sizes = cfg.B * cfg.G * ranks.world, dict(T=cfg.T, K=cfg.K, L=cfg.C, block=cfg.block)
         self.meta(cfg, name, resume, task=cfg.task, **sizes, N=N, G=cfg.G)
         if self.fd is not None and cfg.track != "none":
-            self.track = tracker(cfg, resume)
+            try:
+                self.tracker = tracker(cfg, resume)
+            except Exception as error:  # each service has its own
+                raise ValueError(f"--track {cfg.track}: {error}") from None
 
     def meta(self, cfg, name: str, resume: int | None, **more) -> None:
         """The event that begins a run. cfg: settings with at least `out` and `steps`."""
@@ -386,11 +398,17 @@ def git_commit() -> str:
 
 
 # ---- reading -------------------------------------------------------------------------------------
-# Tail (the bytes of a growing file) -> History (what its events add up to), Sample (a trajectory),
-# together a Log.
+# `read` for a run that is over. For one that goes on: Tail (the bytes of a growing file) -> History
+# (what its events add up to), Sample (a trajectory), together a Log.
 
 Place = tuple[int, int]  # offset and length of a line in the file
 Lines = list[tuple[int, bytes]]  # offset and line
+
+
+def read(out: str | Path) -> list[dict]:
+    """All events of the run in this folder; none if there is no log."""
+    file = Path(out) / "events.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 class Tail:

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import data
 import egspo
+import events
 import plan
 import run as running
 from config import of_model
@@ -211,8 +212,7 @@ def entropy(args: argparse.Namespace) -> list[dict]:
     share of rows that chose the step."""
     from matplotlib import pyplot
 
-    log = [json.loads(line) for line in (args.run / "events.jsonl").read_text().splitlines()]
-    steps = {event["it"]: event for event in log if event["e"] == "step"}.values()
+    steps = {event["it"]: event for event in events.read(args.run) if event["e"] == "step"}.values()
     chosen = [[count / event["n"] for count in event["sel"]] for event in steps]
     figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.5), sharey=True)
     shown = ("entropy, nats", [event["ent"] for event in steps]), ("share of rows", chosen)

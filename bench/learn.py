@@ -6,33 +6,35 @@ The table is made of the runs' own event logs. Runs that are already there are n
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import events
+
 BARS = "▁▂▃▄▅▆▇█"
 
 
 def run(task: str, seed: int, folder: Path, flags: list[str]) -> list[dict]:
     """The run's events; made now unless it has already finished."""
     out = folder / f"{task}-{seed}"
-    log = out / "events.jsonl"
-    if not log.exists() or '"status":"finished"' not in log.read_text():
+    if not any(event.get("status") == "finished" for event in events.read(out)):
         words = ["--task", task, "--seed", str(seed), "--out", str(out), *flags]
         resume = ["--resume"] if (out / "config.json").exists() else []
         subprocess.run([sys.executable, HERE.parent / "egspo.py", *words, *resume], check=True)
-    return [json.loads(line) for line in log.read_text().splitlines()]
+    return events.read(out)
 
 
-def row(task: str, seed: int, events: list[dict]) -> str:
-    evals = [event for event in events if event["e"] == "eval" and event["split"] == "val"]
-    test = [event for event in events if event["e"] == "eval" and event["split"] == "test"][-1]["m"]
-    steps = [event for event in events if event["e"] == "step"]
+def row(task: str, seed: int, log: list[dict]) -> str:
+    evals = [event for event in log if event["e"] == "eval" and event["split"] == "val"]
+    test = [event for event in log if event["e"] == "eval" and event["split"] == "test"][-1]["m"]
+    steps = [event for event in log if event["e"] == "step"]
     curve = "".join(BARS[round(7 * event["m"]["accuracy"])] for event in evals)
     first, last = evals[0]["m"], evals[-1]["m"]
-    minutes = (events[-1]["ts"] - events[0]["ts"]) / 60
+    minutes = (log[-1]["ts"] - log[0]["ts"]) / 60
     rewards = f"{steps[0]['m']['reward/mean']:.2f} → {steps[-1]['m']['reward/mean']:.2f}"
     interval = f"{100 * test['accuracy']:.1f} [{100 * test['lo']:.1f}, {100 * test['hi']:.1f}]"
     cells = (

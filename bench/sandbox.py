@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data
 from sandbox import Sandbox
 
 
@@ -138,7 +139,7 @@ def main() -> int:
     parser.add_argument("--programs", type=int, default=10_000)
     parser.add_argument("--data-dir", type=Path, help="a folder with HumanEval.jsonl.gz")
     args = parser.parse_args()
-    workers = os.cpu_count() or 1
+    workers = data.cores()
     with Sandbox(workers) as box:
         python = sys.version.split()[0]
         print(f"Python {python}, {workers} workers, missing: {box.missing or 'none'}", flush=True)

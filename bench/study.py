@@ -31,6 +31,10 @@ from pathlib import Path
 import numpy
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import events
+
 RECORD = HERE / "study.jsonl"
 
 DEFAULTS = {  # the embedded model's, as they are
@@ -135,7 +139,7 @@ def run(task: str, arm: str, lr: float, seed: int, folder: Path) -> dict:
         )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{out.name}: exit code {done.returncode}; see {said.name}")
-    log = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    log = events.read(out)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     key = {"task": task, "arm": arm, "lr": lr, "seed": seed, "flags": " ".join(flags)}
     return key | summary(log)

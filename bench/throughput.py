@@ -32,11 +32,11 @@ sys.path.insert(0, str(HERE.parent))
 import torch
 
 import egspo
+import events
 import model
 import plan
 import run as running
 from config import Config
-from events import EventLog
 
 SHAPES = {
     "tiny": dict(d_model=128, n_layers=7, n_heads=4, mlp_hidden_size=352),
@@ -280,8 +280,7 @@ def default_run(out: Path, world: int, words: str, **env: str) -> list[dict]:
         [sys.executable, *start, HERE.parent / "egspo.py", *words], check=True,
         env=os.environ | env, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    log = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
-    return [event for event in log if event["e"] == "step"]
+    return [event for event in events.read(out) if event["e"] == "step"]
 
 
 def start(size: str) -> dict:
@@ -325,12 +324,11 @@ def log(size: str) -> dict:
         return wrapper
 
     for name in ("write", "tell"):  # `write` inside the other is counted twice
-        setattr(EventLog, name, timed(getattr(EventLog, name)))
+        setattr(events.EventLog, name, timed(getattr(events.EventLog, name)))
     out = f"/tmp/egspo-bench-{os.getpid()}-log"
     sys.argv = f"egspo.py --model tiny --task sudoku --steps 8 --eval-n 2 --out {out}".split()
     egspo.main()
-    events = [json.loads(line) for line in (Path(out) / "events.jsonl").read_text().splitlines()]
-    total = sum(event["m"]["t/total"] for event in events if event["e"] == "step")
+    total = sum(event["m"]["t/total"] for event in events.read(out) if event["e"] == "step")
     return dict(log_s=spent[0], steps_s=total, share=spent[0] / total)
 
 

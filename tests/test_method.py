@@ -631,6 +631,24 @@ def test_metrics_are_shown_in_the_same_run_of_a_service_before_and_after_a_resum
     assert service == "trackio" or {options["id"] for options in begun} == {"run"}
 
 
+def test_a_service_that_fails_is_said_once_and_stops_nothing(toy, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("no route to host")
+
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.init, fake.log = lambda **_: None, fail
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    cfg = settings(model=str(toy), track="wandb", steps=2, P=0)
+    with opened(cfg, tmp_path / "run", monkeypatch) as the_run:
+        egspo.train(the_run, 0)
+    assert len(steps_of(tmp_path / "run")) == 2
+    assert capsys.readouterr().out.count("--track wandb failed and gets no more: no route") == 1
+    fake.init = fail
+    with pytest.raises(ValueError, match="--track wandb: no route to host"):
+        run.open_run(dataclasses.replace(cfg, out=str(tmp_path / "b")), run.Ranks(), False)
+
+
 def test_a_service_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--track wandb: not installed: pip install wandb"):
