@@ -71,9 +71,6 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
-    def any(self, flag: bool) -> bool:
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
-
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.world > 1:
@@ -142,8 +139,7 @@ class Tally:
 
     def means(self, gather: Callable[[object], list]) -> dict[str, float]:
         """`gather` brings together what all ranks have (`Ranks.gather`)."""
-        mine = {name: pair.tolist() for name, pair in self.sums.items()}
-        peaks = {name: value.item() for name, value in self.peaks.items()}
+        mine, peaks = numbers(self.sums), numbers(self.peaks)
         means, parts = {}, gather((mine, peaks, self.totals))
         for name in dict.fromkeys(name for sums, *_ in parts for name in sums):
             pairs = [sums[name] for sums, *_ in parts if name in sums]
@@ -155,6 +151,15 @@ class Tally:
         if torch.cuda.is_available():
             means["mem/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return means
+
+
+def numbers(tensors: dict[str, Tensor]) -> dict[str, float | list[float]]:
+    """Of tensors of one shape, fetched together: the device is waited for once."""
+    found = {}
+    for device in dict.fromkeys(x.device for x in tensors.values()):
+        some = {name: x for name, x in tensors.items() if x.device == device}
+        found.update(zip(some, torch.stack([*some.values()]).tolist()))
+    return found
 
 
 # ---- how a run ends ------------------------------------------------------------------------------
@@ -170,8 +175,8 @@ class Halt(Exception):
 
 def demand_finite(name: str, x: Tensor, ranks: Ranks) -> None:
     """Stop all ranks, before anything is changed, if this number is nan or inf on any of them."""
-    here = bool(torch.isfinite(x))
-    if ranks.any(not here):
+    if ranks.sum(1.0 - torch.isfinite(x).float()) > 0:
+        here = math.isfinite(x)
         raise Halt(f"{name} is {'not finite on another rank' if here else x.item()}")
 
 
@@ -417,7 +422,7 @@ class Run:
 
     def stopping(self) -> bool:
         """Has somebody signalled one of the ranks?"""
-        return self.ranks.any(self.stop.number is not None)
+        return any(self.ranks.gather(self.stop.number is not None))
 
     def count(self, tally: Tally, roll, S: int) -> None:
         """What a step took, of samples, updates, passes of a row through the network, and FLOPs."""

@@ -272,7 +272,7 @@ def test_no_thread_of_the_ranks_is_left_at_the_end(tmp_path):
         "import run, torch\n"
         "ranks = run.Ranks()\n"
         "torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])\n"
-        "assert ranks.any(True) and any('gloo' in name for name in names())\n"
+        "assert ranks.gather(True) and any('gloo' in name for name in names())\n"
     )
     start = command(ranks=2)[:-1]
     done = subprocess.run([*start, script], capture_output=True, text=True, env=environment())
