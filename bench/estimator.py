@@ -2,6 +2,7 @@
 
     python bench/estimator.py gradient --model MODEL --task TASK [--batches 80]
     python bench/estimator.py value    --model MODEL --task TASK [--states 128] [--completions 16]
+    python bench/estimator.py gate     --model MODEL --task TASK [--states 128]
     python bench/estimator.py entropy RUN
 
 gradient  Every arm's gradient of the same batches of 128 trajectories, against that of all steps
@@ -13,6 +14,8 @@ gradient  Every arm's gradient of the same batches of 128 trajectories, against 
 value     The reward of the greedy one-step guess at a state against the mean reward of sampled
           completions from it, by denoising step: mean of both, and their correlation over states.
           A trajectory is continued by keeping its noise up to there and drawing the rest anew.
+gate      The deviation of the guesses' rewards within a group at the selected steps, as a share of
+          that of the rewards. Below a half, stepwise advantages say next to nothing there.
 entropy   A picture of a run's log: where entropy lies and which steps learn, over training.
 
 MODEL is a folder: tiny, or a checkpoint. Results are printed, and appended to bench/estimator.jsonl
@@ -21,6 +24,7 @@ with --write. Gradients are kept as sketches of 2^14 numbers (products within ab
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -130,36 +134,41 @@ def gradients(run: running.Run, batches: int) -> tuple[dict[str, Tensor], dict[s
     return {arm: torch.stack(rows) for arm, rows in sketches.items()}, flops
 
 
-def product(a_XD: Tensor, b_XD: Tensor) -> float:
-    """<E a, E b> over pairs of different batches: unbiased, whatever the noise."""
-    X = len(a_XD)
-    return ((a_XD.sum(0) @ b_XD.sum(0) - (a_XD * b_XD).sum()) / (X * (X - 1))).item()
+def product(gram_XX: Tensor, count_X: Tensor) -> float:
+    """<E a, E b> over pairs of different batches: unbiased, whatever the noise. gram_XX holds the
+    products of the batches of a with those of b, count_X how often each was drawn."""
+    pair_XX = count_X[:, None] * count_X[None, :]
+    pair_XX.fill_diagonal_(0)  # a batch that was drawn twice would meet its own noise
+    return ((gram_XX * pair_XX).sum() / pair_XX.sum()).item()
 
 
-def compare(arm_XD: Tensor, ref_XD: Tensor, cheaper: float) -> dict[str, float]:
-    signal, both = product(arm_XD, arm_XD), product(arm_XD, ref_XD)
-    cosine = both / max(1e-30, signal * product(ref_XD, ref_XD)) ** 0.5
-    variance = arm_XD.square().sum(1).mean().item() - signal
+def compare(grams: tuple[Tensor, Tensor, Tensor], count_X: Tensor, cheaper: float):
+    """`aslant` and `signal`; nan where the noise leaves no mean gradient to speak of."""
+    signal, both, ref = (product(gram_XX, count_X) for gram_XX in grams)
+    square = ((grams[0].diagonal() * count_X).sum() / count_X.sum()).item()
+    length = (signal * ref) ** 0.5 if signal > 0 and ref > 0 else math.nan
     return {
-        "aslant": max(0.0, 1 - min(1.0, cosine) ** 2) ** 0.5,
-        "signal": cheaper * signal / max(1e-30, variance),
+        "aslant": max(0.0, 1 - min(1.0, both / length) ** 2) ** 0.5 if length > 0 else math.nan,
+        "signal": cheaper * signal / max(1e-30, square - signal),
     }
 
 
 def gradient(args: argparse.Namespace) -> list[dict]:
     run, rows = open_run(args), []
     sketches, flops = gradients(run, args.batches)
-    stream = torch.Generator().manual_seed(0)
+    ref_XD, stream = sketches[REFERENCE], torch.Generator().manual_seed(0)
+    every_X = torch.ones(args.batches, dtype=torch.float64)
     for arm, arm_XD in sketches.items():
-        cheaper, found = flops[REFERENCE] / flops[arm], {"aslant": [], "signal": []}
-        for _ in range(500):
-            drawn = torch.randint(0, len(arm_XD), (len(arm_XD),), generator=stream)
-            drawn = drawn.unique()  # a batch twice would meet itself
-            for name, value in compare(arm_XD[drawn], sketches[REFERENCE][drawn], cheaper).items():
-                found[name].append(value)
+        grams = arm_XD @ arm_XD.T, arm_XD @ ref_XD.T, ref_XD @ ref_XD.T
+        cheaper, found = flops[REFERENCE] / flops[arm], []
+        for _ in range(1000):
+            drawn = torch.randint(0, args.batches, (args.batches,), generator=stream)
+            count_X = drawn.bincount(minlength=args.batches).double()
+            found.append(compare(grams, count_X, cheaper))
         row = {"arm": arm, "batches": args.batches, "flops_of_reference": 1 / cheaper}
-        for name, value in compare(arm_XD, sketches[REFERENCE], cheaper).items():
-            lo, hi = torch.tensor(found[name]).quantile(torch.tensor([0.025, 0.975])).tolist()
+        for name, value in compare(grams, every_X, cheaper).items():
+            values = torch.tensor([one[name] for one in found])
+            lo, hi = values.nanquantile(torch.tensor([0.025, 0.975])).tolist()
             row |= {name: value, f"{name}_lo": lo, f"{name}_hi": hi}
         rows.append(row)
     return rows
@@ -171,7 +180,7 @@ def gradient(args: argparse.Namespace) -> list[dict]:
 def value(args: argparse.Namespace) -> list[dict]:
     """By denoising step; `states` trajectories, each continued `completions` times from there."""
     run, rows = open_run(args), []
-    cfg, policy, kept = run.cfg, run.policy, []
+    cfg, policy = run.cfg, run.policy
     N = cfg.B * cfg.G
     for t in tqdm(range(0, cfg.T, max(1, cfg.T // args.steps)), "steps"):
         early, mean = [], []
@@ -192,16 +201,31 @@ def value(args: argparse.Namespace) -> list[dict]:
             early.append(egspo.early_rewards(run, asked, guess_SC).cpu()[live])
             mean.append((total / args.completions)[live])
         early, mean = torch.cat(early)[: args.states], torch.cat(mean)[: args.states]
-        kept.append(early)
         both = torch.corrcoef(torch.stack((early, mean)))[0, 1].item()
         rows.append(
             {
                 "t": t, "states": len(early), "guess": early.mean().item(),
                 "completions": mean.mean().item(), "correlation": both,
-                "deviation_of_guess": early.std().item(), "deviation": mean.std().item(),
             }
         )  # fmt: skip
     return rows
+
+
+def gate(args: argparse.Namespace) -> list[dict]:
+    """Do guesses of a group differ enough for stepwise advantages to say anything? The deviation of
+    their rewards within group and slot, against that of the rewards themselves."""
+    run, early, final = open_run(args), [], []
+    cfg = replace(run.cfg, lam=0.5)
+    for step in tqdm(range(-(-args.states // (cfg.B * cfg.G))), "batches"):
+        asked, roll, rewards = trajectories(run, step)
+        moves = egspo.choose_moves(roll, cfg, run.policy, step, range(len(asked)))
+        guess_SC = egspo.log_probs(run.policy, moves, cfg, guess=True)[2]
+        early_NK = egspo.early_rewards(run, asked, guess_SC).view(-1, cfg.K)
+        live_NK = moves.live_SU.any(1).view(-1, cfg.K)
+        early.append(torch.where(live_NK, early_NK, rewards[:, None]).view(-1, cfg.G, cfg.K))
+        final.append(rewards.view(-1, cfg.G))
+    guess, reward = (torch.cat(x).var(1).mean().sqrt().item() for x in (early, final))
+    return [{"deviation_of_guess": guess, "deviation": reward, "share": guess / reward}]
 
 
 # ---- entropy over training -----------------------------------------------------------------------
@@ -228,7 +252,7 @@ def entropy(args: argparse.Namespace) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("gradient", "value", "entropy"))
+    parser.add_argument("what", choices=("gradient", "value", "gate", "entropy"))
     parser.add_argument("run", nargs="?", type=Path, help="of entropy: a run folder")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--task", default="sudoku-hard", choices=data.TASKS)
@@ -236,7 +260,7 @@ def main() -> None:
     parser.add_argument("--K", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batches", type=int, default=80, help="of gradient")
-    parser.add_argument("--states", type=int, default=128, help="of value")
+    parser.add_argument("--states", type=int, default=128, help="of value and gate")
     parser.add_argument("--completions", type=int, default=16, help="of value, from each state")
     parser.add_argument("--steps", type=int, default=8, help="of value: denoising steps looked at")
     parser.add_argument("--write", action="store_true", help="append to bench/estimator.jsonl")

@@ -1,6 +1,7 @@
 """The study: its statistics, and the arms that exchange a function of egspo.py."""
 
 import itertools
+import math
 import random
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import arms
+import estimator
 import study
 
 import egspo
@@ -113,3 +115,29 @@ def test_hard_puzzles_have_one_solution_of_their_splits_grids():
         grids = {row["solution"] for row in rows}
         assert not seen & grids
         seen |= grids
+
+
+def test_mean_gradients_are_compared_without_the_noise_of_their_batches():
+    """Squared, a mean of 40 batches would be 7.4 instead of 1: noise of 64 numbers, 2 wide."""
+    stream = torch.Generator().manual_seed(0)
+    mean_D, drawn = torch.full((64,), 1 / 8, dtype=torch.float64), {"all": [], "again": []}
+    for _ in range(300):
+        a_XD = mean_D + 2 * torch.randn(40, 64, generator=stream, dtype=torch.float64)
+        again_X = torch.randint(0, 40, (40,), generator=stream).bincount(minlength=40).double()
+        for name, count_X in (("all", torch.ones(40).double()), ("again", again_X)):
+            drawn[name].append(estimator.product(a_XD @ a_XD.T, count_X))
+    for found in map(torch.tensor, drawn.values()):
+        assert abs(found.mean() - 1) < 4 * found.std() / 300**0.5 < 1
+
+
+@pytest.mark.parametrize(
+    "arm, aslant", [([2.0, 0.0], 0.0), ([1.0, 1.0], 0.5**0.5), ([0.0, 3.0], 1.0)], ids=str
+)
+def test_the_angle_between_an_arm_and_the_reference(arm, aslant):
+    both = torch.tensor([arm, [1.0, 0.0]], dtype=torch.float64)
+    x_XD, ref_XD = (mean_D.expand(5, 2) for mean_D in both)
+    grams = x_XD @ x_XD.T, x_XD @ ref_XD.T, ref_XD @ ref_XD.T
+    assert estimator.compare(grams, torch.ones(5), 1.0)["aslant"] == pytest.approx(aslant, abs=1e-6)
+    opposed_XD = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)  # no mean at all
+    grams = opposed_XD @ opposed_XD.T, opposed_XD @ ref_XD[:2].T, ref_XD[:2] @ ref_XD[:2].T
+    assert math.isnan(estimator.compare(grams, torch.ones(2), 1.0)["aslant"])
