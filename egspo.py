@@ -522,7 +522,7 @@ def clipped_loss(
 def k3(ref: Tensor, logp: Tensor) -> Tensor:
     """Schulman's estimate of the KL to the reference, in nats, never negative."""
     away = (ref - logp).clamp(max=FARTHEST)
-    return away.exp() - away - 1
+    return away.expm1() - away  # of nearly equal ones 0, where exp would leave its rounding
 
 
 def move_logp(policy: nn.Module, h_SCD: Tensor, mb: Moves, cfg: Config) -> tuple[Tensor, Tensor]:
