@@ -19,7 +19,11 @@ gate      The deviation of the guesses' rewards within a group at the selected s
 entropy   A picture of a run's log: where entropy lies and which steps learn, over training.
 
 MODEL is a folder: tiny, or a checkpoint. Results are printed, and appended to bench/estimator.jsonl
-with --write. Gradients are kept as sketches of 2^14 numbers (products within about 1 %).
+with --write. Gradients are kept as sketches of 2^14 numbers (products within about 1 %). Where the
+record says runs/hard, which solves more from step to step:
+
+    python bench/arms.py plain --task sudoku-hard --T 24 --K 2 --lam 0 --steps 12 --eval-every 2 \\
+        --save-every 3 --keep 9 --no-test --out runs/hard
 """
 
 import argparse

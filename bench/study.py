@@ -3,6 +3,7 @@
     python bench/study.py run exact             stability of the exact likelihood; default settings
     python bench/study.py run tune              each arm at three learning rates, on other seeds
     python bench/study.py run planned           the arms of the planned contrasts, each at its best
+    python bench/study.py run closer            ten seeds more of those whose difference is small
     python bench/study.py run rest              the other arms, ten seeds
     python bench/study.py table GROUP           every run of a group, a line each
     python bench/study.py report                bench/study.md: contrasts, tables, pictures
@@ -81,13 +82,14 @@ PLANNED = [  # (arm, against, along)
 PLANNED_ARMS = list(dict.fromkeys(arm for pair in PLANNED for arm in pair[:2]))
 STUDIED = list(ARMS)[list(ARMS).index("entropy") :]
 RATES = {"diffu-grpo": (1e-5, 3e-5, 1e-4)}  # and of the others:
-USUAL_RATES = (1.5e-5, 3e-5, 6e-5)
+USUAL_RATES = (5e-5, 1e-4, 2e-4)
 TUNING = (100, 101)  # seeds
 GROUPS = {  # name -> tasks, arms, seeds
     "exact": (DEFAULTS, list(ARMS)[:8], (0, 1, 2)),
     "minibatches": (DEFAULTS, ["default", "minibatches"], (0, 1, 2)),
     "tune": (SEPARATE, STUDIED, TUNING),
-    "planned": (SEPARATE, PLANNED_ARMS, range(20)),
+    "planned": (SEPARATE, PLANNED_ARMS, range(10)),
+    "closer": (SEPARATE, ["entropy", "stepwise", "placebo", "exact"], range(10, 20)),
     "rest": (SEPARATE, [arm for arm in STUDIED if arm not in PLANNED_ARMS], range(10)),
 }
 
