@@ -126,9 +126,9 @@ class Config(Settings):
         check(self.C % self.T == 0, "T", f"must divide --C {self.C}, so that each step reveals C/T")
         whole = f"must be a multiple of C/T = {R}, so that a block takes whole steps"
         check(self.block % R == 0, "block", whole)
-        check(self.K <= self.T, "K", f"cannot select more steps than --T {self.T}")
         if self.select == "all":
             object.__setattr__(self, "K", self.T)
+        check(self.K <= self.T, "K", f"cannot select more steps than --T {self.T}")
 
         scored = self.likelihood == "tokens" or self.order == "random"
         unknown = "the rollout does not know the exact probability of a move: --likelihood tokens"
@@ -189,7 +189,8 @@ class Mode:
     def __post_init__(self):
         check = checker(self)
         check(self.samples >= 0, "samples", "must be at least 0")
-        modes = [flag for flag in ("eval_only", "dry_run", "merge") if getattr(self, flag)]
+        others = "resume", "eval_only", "dry_run", "merge"
+        modes = [flag for flag in others if getattr(self, flag)]
         check(len(modes) < 2, modes[-1] if modes else "merge", "only one mode at a time")
         for flag in ("lengths", "samples"):
             check(self.eval_only or not getattr(self, flag), flag, "goes with --eval-only")
@@ -296,7 +297,8 @@ def parse(argv: list[str]) -> tuple[Config, Mode]:
     defaults, _ = read(basis, argv, "egspo.py", return_unknown_args=True, add_help=False)
     line = read(CommandLine, argv, "egspo.py", default=CommandLine(defaults, Mode()))
     cfg, mode = Config(**vars(line.settings)), line.mode
-    if restarted(Path(cfg.out or "nowhere")):
+    trains = not (mode.eval_only or mode.dry_run or mode.merge)
+    if trains and restarted(Path(cfg.out or "nowhere")):
         mode = replace(mode, resume=True)
     if mode.resume and cfg.task != defaults.task:
         raise ValueError(f"--task {cfg.task}: the run in --out {cfg.out} learns {defaults.task}")
@@ -305,8 +307,8 @@ def parse(argv: list[str]) -> tuple[Config, Mode]:
         raise ValueError(f"--model {path}: the run in --out {cfg.out} began with {defaults.model}")
     if cfg.shard and (mode.eval_only or mode.merge):
         raise ValueError("--shard: not with --eval-only or --merge")
-    new_run = not (mode.resume or mode.eval_only or mode.dry_run or mode.merge)
-    if new_run and cfg.out and (Path(cfg.out) / "events.jsonl").exists():
+    writes = mode.merge or trains and not mode.resume
+    if writes and cfg.out and (Path(cfg.out) / "events.jsonl").exists():
         raise ValueError(f"--out {cfg.out} holds a run: continue it with --resume, or name another")
     for length in mode.lengths:
         block = min(cfg.block, length)

@@ -406,9 +406,17 @@ Lines = list[tuple[int, bytes]]  # offset and line
 
 
 def read(out: str | Path) -> list[dict]:
-    """All events of the run in this folder; none if there is no log."""
-    file = Path(out) / "events.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """The events that count of the run in this folder: neither torn lines nor what a resume did
+    again."""
+    file, kept = Path(out) / "events.jsonl", []
+    for line in file.read_bytes().split(b"\n") if file.exists() else ():
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if event["e"] == "meta" and event.get("resume"):
+                done = event["resume"]  # steps; what was evaluated after them still holds
+                kept = [e for e in kept if e.get("it", -1) < done + (e["e"] == "eval")]
+            kept.append(event)
+    return kept
 
 
 class Tail:

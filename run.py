@@ -213,8 +213,7 @@ def closing(run: Run) -> Iterator[None]:
         latest = Path(run.cfg.out) / "checkpoints" / "latest"
         saved = f"the last checkpoint is {latest.resolve()}"
         saved = saved if latest.exists() else "there is no checkpoint yet"
-        say(f"egspo: step {run.log.it}: {halt}; {saved}", file=sys.stderr)
-        raise SystemExit(leave(halt.code)) from None
+        raise SystemExit(complain(f"step {run.log.it}: {halt}; {saved}", halt.code)) from None
     except BaseException as error:
         run.log.end("crashed", repr(error))
         raise
@@ -251,13 +250,14 @@ def enough_memory(cfg: Config, kind: Callable) -> Iterator[None]:
         raise kind(f"{told}. Less takes: {', '.join([*less, 'fewer --B'])}") from None
 
 
-def complain(error: Exception) -> int:
-    """One line to stderr about bad usage, and its exit code."""
+def complain(error: Exception | str, code: int = 2) -> int:
+    """One line to stderr, about bad usage or why this rank ends, and the exit code."""
     rank = int(os.environ.get("RANK", 0))
-    if rank > 0:
-        time.sleep(2)  # if the first rank has said the same and ended, torchrun ends this one now
+    if rank > 0:  # if the first rank has said the same and ended, torchrun ends this one now
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2)
     print(f"egspo: {f'rank {rank}: ' * (rank > 0)}{error}", file=sys.stderr, flush=True)
-    return leave(2)
+    return leave(code)
 
 
 def progress(iterable, what: str, ranks: Ranks):
@@ -388,6 +388,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, cfg: Config, step: int) 
     """Linear warm-up, then constant: a function of the step alone."""
     for group in optimizer.param_groups:
         group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
+        group["weight_decay"] = cfg.weight_decay  # a checkpoint brings that of its time
 
 
 # ---- opening a run -------------------------------------------------------------------------------
@@ -778,7 +779,7 @@ def note_validation(run: Run, step: int, told: dict[str, dict]) -> None:
     record = json.loads(best.read_text())["accuracy"] if best.exists() else -1
     note = {"step": step, "split": "val", **m, "also": {task: told[task] for task in run.others}}
     (folder / f"step-{step}" / "validation.json").write_text(json.dumps(compact(note)) + "\n")
-    if m["accuracy"] > record:
+    if compact(m["accuracy"]) > record:  # which was rounded so
         link(folder / "best", f"step-{step}")
 
 

@@ -30,6 +30,7 @@ def run(task: str, seed: int, folder: Path, flags: list[str]) -> list[dict]:
 
 def row(task: str, seed: int, log: list[dict]) -> str:
     evals = [event for event in log if event["e"] == "eval" and event["split"] == "val"]
+    evals = [*{event["it"]: event for event in evals}.values()]  # a resume evaluates again
     test = [event for event in log if event["e"] == "eval" and event["split"] == "test"][-1]["m"]
     steps = [event for event in log if event["e"] == "step"]
     curve = "".join(BARS[round(7 * event["m"]["accuracy"])] for event in evals)

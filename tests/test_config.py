@@ -103,3 +103,18 @@ def test_a_bad_value_in_a_models_defaults_is_told_like_that_of_a_flag(tmp_path):
         config.parse(["--model", path, "--out", "x"])
     cfg, _ = config.parse(["--model", path, "--out", "x", "--K", "4"])  # a flag mends it
     assert cfg.K == 4
+
+
+def test_modes_exclude_each_other_and_none_writes_over_a_run(tmp_path):
+    """--resume names the model that the run began with; evaluated, that would pass for the run."""
+    (tmp_path / "config.json").write_text('{"task": "sudoku", "model": "tiny"}')
+    (tmp_path / "events.jsonl").write_text("")
+    for other in ("--eval-only", "--merge", "--dry-run"):
+        with pytest.raises(ValueError, match="only one mode"):
+            config.parse(["--out", str(tmp_path), "--resume", other])
+    with pytest.raises(ValueError, match="holds a run"):
+        config.parse(["--model", "tiny", "--out", str(tmp_path), "--merge"])
+
+
+def test_all_steps_may_be_fewer_than_k():
+    assert config.Config(task="sudoku", K=8, C=8, T=4, block=4, select="all").K == 4

@@ -552,6 +552,13 @@ def test_the_learning_rate_is_a_function_of_the_step(folder, policy):
     assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
+def test_a_resumed_optimizer_decays_weights_as_the_settings_say(folder, policy):
+    before, after = (run.make_optimizer(policy, settings(weight_decay=w)) for w in (0.1, 0.0))
+    after.load_state_dict(before.state_dict())
+    run.set_learning_rate(after, settings(weight_decay=0.0), 0)
+    assert {group["weight_decay"] for group in after.param_groups} == {0.0}
+
+
 # ---- prompts, statistics, settings ---------------------------------------------------------------
 
 

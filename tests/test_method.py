@@ -217,7 +217,7 @@ def test_the_reference_of_a_warm_started_adapter_is_that_adapter_after_a_resume_
     train(warm, tmp_path / "cut", *again, "--steps", 2)
     train(warm, tmp_path / "cut", *again, "--resume")
     whole, cut = ([m["kl"] for m in steps_of(tmp_path / out)] for out in ("whole", "cut"))
-    assert whole == cut and whole[0] == 0 and min(whole[1:]) > 0
+    assert whole == cut and whole[0] < 1e-9 and min(whole[1:]) > 1e-3
     plain = model.load(toy)
     model.add_lora(plain, 4, 8.0)
     ids_NL = torch.arange(12).view(1, 12)

@@ -18,6 +18,7 @@ import config
 import egspo
 import model
 import run as running
+from events import read as finished
 from processes import (
     LETTERS,
     REPO,
@@ -141,24 +142,10 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(whole, toy, t
     assert done.returncode == 0 and kills >= 2, done.stderr
     assert same(weights(whole), weights(out))
     assert same(trainer(whole), trainer(out))
-    log, rewards = events_of_the_final_history(out), events(whole)
+    log, rewards = finished(out), events(whole)
     assert max(e["resume"] or 0 for e in log if e["e"] == "meta") >= 2  # not all from the start
     pick = lambda log: [(e["it"], e["m"]["reward/mean"], e["ent"]) for e in log if e["e"] == "step"]
     assert pick(log) == pick(rewards)
-
-
-def events_of_the_final_history(out: Path) -> list[dict]:
-    """What a reader keeps: a resume forgets the steps from there on; a torn line is skipped."""
-    kept = []
-    for line in (out / "events.jsonl").read_text().splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if event["e"] == "meta" and event["resume"] is not None:
-            kept = [e for e in kept if e.get("it", -1) < event["resume"]]
-        kept.append(event)
-    return kept
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -360,7 +347,7 @@ def test_an_adapter_run_resumes_exactly_is_a_model_and_merges(toy, tmp_path):
     read = lambda out: load_file(out / "checkpoints" / "latest" / "adapter_model.safetensors")
     assert same(read(tmp_path / "whole"), read(tmp_path / "cut"))
     before = [e["m"]["kl"] for e in events(tmp_path / "whole") if e["e"] == "step"]
-    assert before[0] == 0 and before[-1] > 0  # the reference is the base, not the adapter
+    assert before[0] < 1e-9 and before[-1] > 1e-6  # the reference is the base, not the adapter
     checkpoint = tmp_path / "whole" / "checkpoints" / "latest"
     done = run("--model", checkpoint, "--merge", "--out", tmp_path / "full")
     assert done.returncode == 0, done.stderr
