@@ -160,14 +160,14 @@ class Config(Settings):
         return self.mu if self.method == "egspo" else 1
 
     @property
-    def parts(self) -> int:
+    def updates_a_pass(self) -> int:
         """Optimizer steps of one pass."""
         return self.minibatches if self.method == "egspo" else self.mu
 
     @property
     def looks_back(self) -> bool:
         """Does anything need the log-prob of a move before the first update?"""
-        return self.stepwise or self.cache == "block" or self.repeats * self.parts > 1
+        return self.stepwise or self.cache == "block" or self.repeats * self.updates_a_pass > 1
 
     @property
     def stepwise(self) -> bool:
@@ -425,9 +425,9 @@ def carry_on(cfg: Config) -> dict:
     """The defaults.json of a checkpoint of this run: its model's, with the shape it trained in and
     how it was asked."""
     own = model_defaults(cfg.model)
-    kept = "C T block B G K minibatches order cache quantize prompt train_set weights".split()
+    kept = "C T block order cache quantize B G K select minibatches prompt train_set weights"
     by_task = own.get("by_task", {})
-    task = by_task.get(cfg.task, {}) | {name: getattr(cfg, name) for name in kept}
+    task = by_task.get(cfg.task, {}) | {name: getattr(cfg, name) for name in kept.split()}
     return own | {"task": cfg.task, "by_task": by_task | {cfg.task: task}}
 
 

@@ -444,7 +444,7 @@ def minibatches(moves: Moves, cfg: Config) -> Iterator[Tensor]:
     `minibatches` one part of the slots after the other, those of highest entropy first."""
     by_slot_S = moves.slot_S.argsort(stable=True)
     for _ in range(cfg.repeats):
-        yield from by_slot_S.tensor_split(cfg.parts)
+        yield from by_slot_S.tensor_split(cfg.updates_a_pass)
 
 
 def log_probs(policy: nn.Module, moves: Moves, cfg: Config, guess: bool = False):

@@ -9,7 +9,7 @@ step; numbers have 4 significant digits; nan and inf are the strings "nan", "inf
 Every event begins with `e`, its kind, `q`, its number in the file, and `ts`, unix seconds.
 
   meta     v 1; run, host, boot, pid, git, argv, model, task; iters, T, K, L (= C), block, N, G;
-           cfg, all settings; resume: the step it continues from, or null
+           cfg, all settings; resume: the step it continues from (no step yet: null, or 0 of sft.py)
   phase    it; name: rollout, logp (choosing steps, log-probs, guesses), score (rewards, credit),
            update, eval, save
   denoise  the rollout in progress, from a few looks a second: it; b 0; t0, the first step since
@@ -39,8 +39,9 @@ clip_lo, clip_frac, ratio/mean, ratio/max, adv/abs, zero_adv_frac (groups withou
 grad_norm, lr; entropy/mean, entropy/sel (of the selected steps); len/mean, len/max, trunc_frac
 (rows without an end token); cache/weight, cache/kl; seconds t/PHASE and t/total, eta_s, tok_s;
 mem/peak_gb; and what the run took so far on all ranks: compute/samples, compute/updates,
-compute/forwards (passes of a row through the network; a backward counts as two) and
-compute/tflop. Another one is a `tally.add` in the trainer: readers take whatever they find.
+compute/forwards (passes of a row through the network; a backward counts as two, over frozen
+weights as one) and compute/tflop. Another one is a `tally.add` in the trainer: readers take
+whatever they find.
 
 After `meta` with resume k, a reader forgets the steps, samples and groups from k on. What it does
 not know, kinds and fields, it ignores; a line that it cannot use, it counts.
@@ -290,8 +291,9 @@ class EventLog:
     def samples(self, step, problems, answers, rewards, roll, length, moves) -> None:
         """The trajectory of the first row of two prompts, and the groups of two prompts."""
         G, K = self.cfg.G, 0 if moves.t_S is None else len(moves.t_S) // len(rewards)
+        live = moves.live_SU[:, 0].tolist()
         for row in dict.fromkeys((0, min(G, len(problems) - 1) // G * G)):
-            own = [s for s in range(row * K, (row + 1) * K) if moves.live_SU[s, 0]]
+            own = [s for s in range(row * K, (row + 1) * K) if live[s]]
             guess = None if moves.guess_SC is None else moves.guess_SC[own].tolist()
             self.write(
                 "sample",

@@ -33,7 +33,7 @@ def step_cost(
     cfg: Config, net: nn.Module, L: int, forwards: float, S: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Passes of a row through the network and FLOPs of a step, by phase: `forwards` of the rollout,
-    S moves learnt. A backward pass counts as two passes, or as one where the weights are frozen."""
+    S moves learnt. A backward pass counts as two, or as one where the weights are frozen."""
     R, frozen = cfg.C // cfg.T, any(not p.requires_grad for p in net.parameters())
     once, wide = forward_flops(net, L, R), forward_flops(net, L, R + cfg.C * cfg.stepwise)
     old, ref = S * cfg.looks_back, S * (cfg.beta > 0)
@@ -125,6 +125,8 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1, device: str = "cuda") -> Plan:
     read = max(files, default=min(FILE, parameters * 2))  # on a CPU it takes room, mapped
     read = max(0, read - held["optimizer"] - trained * 4 * (r > 0))  # which are not there yet
 
+    forward = {"root": root, "copies": copies, "inputs of blocks": inputs}
+    one_block = {"block": rows * inside * cfg.checkpointing}
     moments = {
         "loading": {"a file": read * (device == "cpu")},
         "rollout": {
@@ -132,18 +134,9 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1, device: str = "cuda") -> Plan:
             "root": root, "copies": copies, "block": N * L * inside,
         },
         "drawing": {"keys and values": cache * c.n_layers, "root": root, "logits": 5 * slab},
-        "scoring": {
-            "root": root, "copies": copies, "inputs of blocks": inputs,
-            "block": rows * inside * cfg.checkpointing,
-        },
-        "likelihood": {
-            "root": root, "copies": copies, "inputs of blocks": inputs,
-            "logits": logits * max(scored * (4.5 if exact else 3), 6 * R),
-        },
-        "update": {
-            "gradients": gradients, "root": root, "copies": copies,
-            "inputs of blocks": inputs, "block": rows * inside * cfg.checkpointing,
-        },
+        "scoring": forward | one_block,
+        "likelihood": forward | {"logits": logits * max(scored * (4.5 if exact else 3), 6 * R)},
+        "update": {"gradients": gradients} | forward | one_block,
         "loss": {
             "gradients": gradients, "root": root, "copies": again * (not cfg.checkpointing),
             "inputs of blocks": inputs,
@@ -168,9 +161,7 @@ def shapes(cfg: Config) -> tuple[model.Transformer, Path, int, bool]:
     """The network without its numbers, its folder, and the rank of its adapters; are they there?"""
     folder = model.find_folder(cfg.model, [*model.SMALL, "adapter_config.json"])
     rank = model.adapter_rank(folder)
-    base = folder
-    if not (folder / "config.json").is_file() and rank:
-        base = model.find_folder(model.adapter_base(folder), model.SMALL)
+    base = model.find_folder(model.adapter_base(folder), model.SMALL) if rank else folder
     net = model.from_config(base, "meta")
     if rank or cfg.lora_r:
         model.add_lora(net, rank or cfg.lora_r, cfg.lora_alpha)

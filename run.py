@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -197,8 +198,11 @@ class StopSignal:
 
 def stopped(run: Run) -> Halt:
     """What to raise after a signal, with the checkpoint written."""
-    again = f"continue with: python {sys.argv[0]} --out {run.cfg.out} --resume"
-    return Halt(f"stopped by a signal; {again}", code=128 + (run.stop.number or signal.SIGTERM))
+    several = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', run.ranks.world)}"
+    start = several if run.ranks.world > 1 else "python"
+    again = f"{start} {shlex.join([sys.argv[0], '--out', run.cfg.out, '--resume'])}"
+    code = 128 + (run.stop.number or signal.SIGTERM)
+    return Halt(f"stopped by a signal; continue with: {again}", code)
 
 
 @contextlib.contextmanager
@@ -430,7 +434,7 @@ class Run:
         cfg, L = self.cfg, roll.prompt_NP.shape[1] + self.cfg.C
         passes, flops = step_cost(cfg, self.policy, L, roll.forwards, S)
         tally.total("compute/samples", len(roll.token_NC))
-        tally.total("compute/updates", cfg.repeats * cfg.parts / self.ranks.world)
+        tally.total("compute/updates", cfg.repeats * cfg.updates_a_pass / self.ranks.world)
         tally.total("compute/forwards", sum(passes.values()))
         tally.total("compute/tflop", sum(flops.values()) / 1e12)
 
@@ -583,9 +587,10 @@ def measured(cfg: Config, policy, problems: list[data.Problem], tokenizer) -> Co
 
 def make_reference(
     cfg: Config, policy: model.Transformer, checkpoint: Path | None, bf16: bool, ranks: Ranks
-) -> Callable:
+) -> Callable | None:
     """What the KL is measured to, as a function that returns a context manager: the network that
-    the run started from, by its adapters as they were, or off if they are new, or a frozen copy."""
+    the run started from, by its adapters as they were, or off if they are new, or a frozen copy.
+    None where no KL is."""
     if cfg.beta == 0:
         return None
     if cfg.lora_r > 0:
@@ -618,10 +623,12 @@ def introduce(cfg: Config, policy: model.Transformer, ranks: Ranks, start: int) 
     speed = "compiled, a graph for each length" if policy.compiled else "eager"
     count = f"{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
     say(f"{cfg.task} with {cfg.model}: {count}")
-    say(f"{ranks.world} x {ranks.device.type}, {precision}, {speed}; {cfg.method}, lam {cfg.lam}")
+    say(f"{ranks.world} x {ranks.device.type}, {precision}, {speed}")
+    learnt = f"{cfg.K} of them learn, lam {cfg.lam}"
+    learnt = learnt if cfg.method == "egspo" else f"{cfg.mu} updates of {cfg.method}"
     say(
         f"a step: {cfg.B * ranks.world} prompts x {cfg.G} samples, P {cfg.P}, C {cfg.C} in {cfg.T} "
-        f"denoising steps, {cfg.K} of them learn"
+        f"denoising steps, {learnt}"
     )
     if total < 1e8 and cfg.task in ("gsm8k", "math", "humaneval", "mbpp"):
         say(f"so small a model scores about zero on {cfg.task}: this run only shows that it works")
@@ -867,7 +874,8 @@ def write_evaluation(run: Run, samples: int, results: list[dict]) -> None:
 
 def merge(cfg: Config) -> int:
     """Fold the adapter of --model into full weights, a model folder of its own in --out: float32,
-    or bf16 with --precision bf16. On the CPU, whose memory holds the whole."""
+    or bf16 with --precision bf16. On the CPU, whose memory holds the whole. What was trained over
+    nf4 goes onto the weights before they were rounded."""
     if int(os.environ.get("RANK", 0)) > 0:
         return 0
     if not model.adapter_rank(cfg.model):
@@ -898,7 +906,8 @@ def model_card(cfg: Config) -> str:
     return (
         f"---\nbase_model: {base}\ntags: [masked-diffusion, reinforcement-learning]\n---\n"
         f"# {Path(cfg.out).name}\n\n{base}, trained by reinforcement learning on {cfg.task} "
-        f"(EGSPO, arXiv 2603.12554): an adapter of rank {model.adapter_rank(cfg.model)}, merged "
-        f"into all weights.\nDecoded in {cfg.T} denoising steps of {cfg.C // cfg.T} tokens, blocks "
-        f"of {cfg.block}, {cfg.C} tokens in all.\n\n{score}"
+        f"with a code for EGSPO (arXiv 2603.12554): an adapter of rank "
+        f"{model.adapter_rank(cfg.model)}, merged into all weights.\n"
+        f"Decoded in {cfg.T} denoising steps of {cfg.C // cfg.T} tokens, blocks of {cfg.block}, "
+        f"{cfg.C} tokens in all.\n\n{score}"
     )

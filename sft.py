@@ -44,8 +44,8 @@ from transformers import PreTrainedTokenizerFast
 
 import model
 from config import bring_defaults, checker, read
-from data import END_TOKENS, TASKS, WORDED, Problem
-from events import EventLog, say
+from data import END_TOKENS, TASKS, WORDED, Problem, read_file
+from events import EventLog, compact, say
 from run import Halt, StopSignal, accelerate, sync, use_bf16
 
 TINY = dict(d_model=128, n_layers=7, n_heads=4, mlp_hidden_size=352)  # 1.45 M parameters
@@ -60,7 +60,7 @@ class Recipe:
     task: tuple[str, ...] = ("sudoku", "countdown", "toycode")  # demonstrated tasks
     model: str = ""  # fine-tune this folder or hub id; without it, a small new model
     adapt: bool = False  # --model is autoregressive: make a masked diffusion model of it
-    data: str = ""  # learn this .jsonl file's rows (prompt, completion; or GSM8K's), not the tasks
+    data: str = ""  # learn this file's rows (prompt, completion; or GSM8K's), not the tasks
     out: str = ""  # folder for weights, tokenizer and training.log
     resume: bool = False  # go on in --out; all else as in the command that began it
     steps: int = 5000
@@ -166,17 +166,16 @@ def demonstrations(cfg: Recipe) -> Iterator[list[Demonstration]]:
 
 
 def read_rows(file: str) -> list[Demonstration]:
-    """The rows of a JSON Lines file, GSM8K's answered as its task wants it; ValueError names the
-    first line that is none."""
+    """The rows of a file, GSM8K's answered as its task wants it; ValueError names the first line
+    that is none."""
     rows = []
-    for i, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+    for row in read_file(Path(file)):
         try:
-            row = json.loads(line)
-            row = reasoned(row) if "question" in row else row
-            rows.append(("data", row["prompt"] + "", row["completion"] + ""))
-        except (ValueError, TypeError, KeyError):
+            told = reasoned(row) if "question" in row else row
+            rows.append(("data", told["prompt"] + "", told["completion"] + ""))
+        except (TypeError, KeyError):
             want = '{"prompt": "...", "completion": "..."}'
-            raise ValueError(f"--data {file}: line {i} is not {want}") from None
+            raise ValueError(f"--data {row.where}: not {want}") from None
     if len(rows) < 2:
         raise ValueError(f"--data {file}: needs at least 2 rows, one of them to measure with")
     return rows
@@ -441,55 +440,69 @@ def prepare(cfg: Recipe, argv: list[str]) -> Session:
     return s
 
 
+def learn(cfg: Recipe, s: Session, rows: list[Demonstration]) -> Tensor:
+    """Hide some of the completions' tokens, predict them, and add to the gradient. The loss, in
+    nats a token."""
+    config, total = s.net.config, 0.0
+    ids_NL, real_NL = encode(s.tokenizer, rows, s.P, cfg.C, config)
+    token_NC = ids_NL[:, -cfg.C :]
+    shown_NC, hidden_NC, ratio_N1 = hide(token_NC, config.mask_id)
+    for part in parts(len(rows), cfg.micro):
+        at_NC = hidden_NC[part]
+        logits_QV = logits_of(s.net, ids_NL[part], shown_NC[part], real_NL[part], at_NC)
+        moved = (x[part].to(logits_QV.device) for x in (token_NC, hidden_NC, ratio_N1))
+        loss = diffusion_loss(logits_QV, *moved) * (len(at_NC) / len(rows))
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def report(cfg: Recipe, s: Session, m: dict[str, float], held_NL: tuple[Tensor, Tensor]) -> None:
+    """What the steps since the last look were, and what the held-out rows say: a line, and events
+    for the monitor."""
+    step, lr = s.log.it, s.optimizer.param_groups[0]["lr"]
+    left = (cfg.steps - step) * m["t/total"]
+    s.log.write("step", it=step - 1, m=m | {"lr": lr, "eta_s": left}, n=cfg.batch)
+    with s.log.phase(step, "eval"):
+        held = measure(s.net, *held_NL, cfg, [row[0] for row in s.held])
+    s.log.write("eval", it=step, m=held, n=len(s.held), split="val", step=step)
+    tasks = (f"{name.partition('/')[2]} {x:.3f}" for name, x in held.items() if "/" in name)
+    note(Path(cfg.out), f"step {step:5}  loss {m['loss']:.4f}  held {held['loss']:.4f}  "
+         f"{'  '.join(tasks)}  lr {lr:.1e}  {m['t/total']:.2f} s/step  "
+         f"left {left / 60:.1f} min")  # fmt: skip
+
+
 def train(cfg: Recipe, s: Session) -> None:
-    """Hide, predict, learn, until cfg.steps are done; then the model folder is written. Halt where
-    somebody stops it, or where the loss is not finite."""
-    net, C, out, stop = s.net, cfg.C, Path(cfg.out), StopSignal()
-    held_NL = encode(s.tokenizer, s.held, s.P, C, net.config)
-    (learnt,) = (group["params"] for group in s.optimizer.param_groups)
+    """Until cfg.steps are done; then the model folder is written. Halt where somebody stops it, or
+    where a number is not finite."""
+    net, out, stop = s.net, Path(cfg.out), StopSignal()
+    held_NL = encode(s.tokenizer, s.held, s.P, cfg.C, net.config)
+    (group,) = s.optimizer.param_groups
 
     losses, told, began = [], s.done, time.perf_counter()
     batches = itertools.islice(s.batches, s.done, cfg.steps)
     for step, rows in enumerate(batches, s.done + 1):
-        lr = cfg.lr * min(step / max(1, cfg.warmup), 1) * (1 - (step - 1) / cfg.steps)
-        for group in s.optimizer.param_groups:
-            group["lr"] = lr
-        ids_NL, real_NL = encode(s.tokenizer, rows, s.P, C, net.config)
-        token_NC = ids_NL[:, -C:]
-        shown_NC, hidden_NC, ratio_N1 = hide(token_NC, net.config.mask_id)
-        losses.append(0.0)
-        for part in parts(len(rows), cfg.micro):
-            at_NC = hidden_NC[part]
-            logits_QV = logits_of(net, ids_NL[part], shown_NC[part], real_NL[part], at_NC)
-            moved = (x[part].to(logits_QV.device) for x in (token_NC, hidden_NC, ratio_N1))
-            loss = diffusion_loss(logits_QV, *moved) * (len(at_NC) / len(rows))
-            loss.backward()
-            losses[-1] += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(learnt, 1.0)
+        group["lr"] = cfg.lr * min(step / max(1, cfg.warmup), 1) * (1 - (step - 1) / cfg.steps)
+        losses.append(learn(cfg, s, rows))
+        norm = torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
         s.optimizer.step()
         s.optimizer.zero_grad()
-        if step % cfg.eval_every == 0 or step in (1, cfg.steps):
-            mean = torch.stack(losses).mean().item()
-            s.log.it = step
-            if not math.isfinite(mean):
-                raise Halt(f"the loss is {mean} by step {step}: lower --lr {cfg.lr}")
-            each = (time.perf_counter() - began) / (step - told)
-            left = (cfg.steps - step) * each
-            m = {"loss": mean, "grad_norm": norm.item(), "lr": lr, "t/total": each, "eta_s": left}
-            s.log.write("step", it=step - 1, m=m, n=len(rows))
-            with s.log.phase(step, "eval"):
-                held = measure(net, *held_NL, cfg, [row[0] for row in s.held])
-            s.log.write("eval", it=step, m=held, n=len(s.held), split="val", step=step)
+
+        stopping = stop.number is not None and step < cfg.steps
+        looks = step % cfg.eval_every == 0 or step in (1, cfg.steps)
+        saves = stopping or step % cfg.save_every == 0 and step < cfg.steps
+        if looks or saves:
+            s.log.it, mean = step, torch.stack(losses).mean()
+            m = {"loss": mean.item(), "grad_norm": norm.item()}
+            if not all(map(math.isfinite, m.values())):  # the last checkpoint is before that
+                raise Halt(f"by step {step}, {compact(m)}: lower --lr {cfg.lr}")
+        if looks:
+            report(cfg, s, m | {"t/total": (time.perf_counter() - began) / (step - told)}, held_NL)
             losses, told, began = [], step, time.perf_counter()
-            scores = "  ".join(
-                f"{name.partition('/')[2]} {x:.3f}" for name, x in held.items() if "/" in name
-            )
-            note(out, f"step {step:5}  loss {mean:.4f}  held {held['loss']:.4f}  {scores}  "
-                     f"lr {lr:.1e}  {each:.2f} s/step  left {left / 60:.1f} min")  # fmt: skip
-        if step < cfg.steps and (step % cfg.save_every == 0 or stop.number is not None):
+        if saves:
             with s.log.phase(step, "save"):
                 save_checkpoint(cfg, s, step)
-        if step < cfg.steps and stop.number is not None:
+        if stopping:
             again = shlex.join([a for a in sys.argv if a != "--resume"])
             raise Halt(f"stopped by a signal; continue with: python {again} --resume",
                        code=128 + stop.number)  # fmt: skip

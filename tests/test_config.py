@@ -66,7 +66,7 @@ def test_a_models_own_defaults_are_of_its_task_and_flags_come_before_them(tmp_pa
 
 
 def test_a_checkpoint_carries_on_with_its_task_and_shape_and_knows_the_other_tasks(tmp_path):
-    changes = dict(C=16, T=4, block=8, B=3, G=5, K=2)
+    changes = dict(C=16, T=4, block=8, B=3, G=5, K=2, select="uniform")
     trained = dataclasses.replace(config.of_model("tiny", "countdown"), **changes)
     assert all(getattr(trained, name) != getattr(config.Config(), name) for name in SHAPE)
     path = write(tmp_path / "first", defaults=config.carry_on(trained))

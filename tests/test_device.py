@@ -89,7 +89,7 @@ def test_training_evaluating_saving_and_resuming_mix_no_devices_and_seldom_wait(
     for waits, blocks in watched.rollouts:
         assert len(waits) <= blocks, waits
     assert len(watched.rollouts) == 3 + 3 and len(watched.steps) == 3
-    updates = cfg.repeats * cfg.parts
+    updates = cfg.repeats * cfg.updates_a_pass
     for waits in watched.steps:
         assert len(waits) <= 15 + 2 * updates, (len(waits), waits)
 

@@ -153,7 +153,8 @@ def test_the_plan_is_what_the_code_takes(variant, tmp_path, monkeypatch, request
     raw["n_layers" if "n_layers" in raw else "num_hidden_layers"] = layers
     (tmp_path / "config.json").write_text(json.dumps(raw))
     if warm:
-        (tmp_path / "adapter_config.json").write_text('{"r": 128}')
+        adapter = {"r": 128, "base_model_name_or_path": str(tmp_path)}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
     cfg, bf16 = Config(task="gsm8k", model=str(tmp_path), **settings), "precision" not in settings
     if cfg.shard:
         request.getfixturevalue("eight")

@@ -220,7 +220,7 @@ def test_the_documented_command_of_just_grpo_is_autoregressive_and_exact(large, 
     cfg = config.parse(words)[0]
     assert cfg.T == cfg.C == cfg.K == 256 and cfg.block == 1  # one token a step, in order
     assert (cfg.select, cfg.lam, cfg.beta, cfg.temperature) == ("all", 0, 0, 1)
-    assert cfg.normalise and cfg.parts == cfg.repeats == 1
+    assert cfg.normalise and cfg.updates_a_pass == cfg.repeats == 1
 
 
 # ---- weights -------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from tokenizers import pre_tokenizers
 import config
 import egspo
 import model
+import plan
 import run as running
 from events import read as finished
 from processes import (
@@ -349,6 +350,8 @@ def test_an_adapter_run_resumes_exactly_is_a_model_and_merges(toy, tmp_path):
     before = [e["m"]["kl"] for e in events(tmp_path / "whole") if e["e"] == "step"]
     assert before[0] < 1e-9 and before[-1] > 1e-6  # the reference is the base, not the adapter
     checkpoint = tmp_path / "whole" / "checkpoints" / "latest"
+    cfg = config.Config(task="letters", model=str(checkpoint), out="x", lora_r=4)
+    assert plan.shapes(cfg)[1] == toy  # whose files are what is read
     done = run("--model", checkpoint, "--merge", "--out", tmp_path / "full")
     assert done.returncode == 0, done.stderr
     scores = []

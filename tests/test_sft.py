@@ -1,7 +1,9 @@
 """The demonstrators, the tokenizer, the objective, and the folder that they make."""
 
+import gzip
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -224,6 +226,14 @@ def test_a_row_without_a_completion_is_named_by_its_line_and_the_process_exits_w
     assert done.returncode == 2 and "line 2" in done.stderr
 
 
+def test_rows_hold_any_character_and_stand_in_any_file_of_rows(tmp_path):
+    rows = '{"prompt": "a\u2028b", "completion": "c"}\n\n{"prompt": "d", "completion": "e"}\n'
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(rows)
+    read = sft.read_rows(str(tmp_path / "rows.jsonl.gz"))
+    assert read == [("data", "a\u2028b", "c"), ("data", "d", "e")]
+
+
 def test_rows_of_gsm8k_are_answered_as_its_task_wants_it(tmp_path):
     row = {"question": "How many?", "answer": "3*4=<<3*4=12>>12 each,\nso 1,012.\n#### 1,012"}
     (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 2))
@@ -244,6 +254,18 @@ def test_rows_of_a_backward_pass_change_nothing_but_rounding(tmp_path, toy, back
     before = load_file(toy / "model.safetensors")
     assert all((one[name] - other[name]).abs().max() < 1e-6 for name in one)
     assert all((one[name] - before[name]).abs().max() > 1e-6 for name in one)
+
+
+def test_numbers_that_are_not_finite_end_the_run_before_they_are_saved(
+    tmp_path, toy, backwards, monkeypatch
+):
+    learn, nan = sft.learn, torch.tensor(math.nan)
+    losses = itertools.chain([0, 0], itertools.repeat(nan))
+    monkeypatch.setattr(sft, "learn", lambda *args: learn(*args) + next(losses))
+    words = f"--model {toy} --data {backwards} --out {tmp_path / 'out'} --C 6 --no-compile"
+    assert sft.main([*words.split(), "--save-every", "2"]) == 1
+    state = torch.load(tmp_path / "out" / "checkpoint.pt")
+    assert state["step"] == 2  # that of step 4 was not written
 
 
 # ---- going on ------------------------------------------------------------------------------------
