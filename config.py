@@ -35,7 +35,7 @@ class Settings:
     task: str = "sudoku"  # what to learn: sudoku countdown toycode gsm8k math humaneval mbpp
     model: str = "GSAI-ML/LLaDA-8B-Instruct"  # a folder, a hub id[@revision], or tiny (embedded)
     out: str = ""  # run folder; without it runs/<task>-<model>-<time>
-    steps: int = 1000  # one rollout each, and --mu optimizer updates
+    steps: int = 1000  # one rollout each, learnt in --mu times --minibatches updates
     seed: int = 0  # of everything random: batches, draws, selection, new adapters
     eval_every: int = 50  # steps between evaluations on the validation split
     eval_n: int = 0  # problems of an evaluation; 0: the whole split
@@ -76,7 +76,7 @@ class Settings:
     quantize: Literal["none", "nf4"] = "none"  # of the frozen base, with --lora-r
     precision: Literal["auto", "bf16", "float32"] = "auto"  # auto: bf16 where the hardware has it
     compile: bool = True  # torch.compile the transformer's blocks
-    checkpointing: bool = True  # recompute each block in backward: less memory, 1/3 more time
+    checkpointing: bool = True  # recompute each block in backward: less memory, more time
     shard: bool = False  # shard weights, gradients and optimizer over the ranks (FSDP2)
 
     data_dir: str = ""  # look here for data sets before the hub

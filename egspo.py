@@ -14,7 +14,7 @@ over steps chosen whatever the trajectory; tests/test_exact.py prints what each 
   act      rollout              x_i ~ softmax(logits_i / temperature), the R surest are revealed
   choose   select_steps         the K steps of highest entropy H_t (the paper's), or others
   credit   stepwise_advantages  G_t = (r + lam (r - r_hat_t)) / (1 + lam), minus the group's mean
-  learn    clipped_loss         -min(ratio A, clip(ratio) A) + beta k3, summed over moves, over R
+  learn    clipped_loss         -min(ratio A, clip(ratio) A) + beta k3, over R, mean of live moves
   tell     EventLog.tell        events.jsonl, which `python tui.py` shows
 
 r_hat_t is the reward of the greedy one-step completion of s_t, the guess. lam = 0 is EGSPO, above
@@ -25,16 +25,18 @@ Where this file departs from the paper or from its released code, and why:
  1. A move is scored at the sampling temperature; all that follows the logits is float32 or more.
  2. `--likelihood exact` is the probability of the whole move, the choice of positions included;
     the product of token probabilities (`tokens`, the paper's) is exact only for random order.
- 3. The guess is read off the forward pass that gives the old log-probability of a selected move:
-    K wide heads per trajectory rather than T, and no forward pass of its own.
- 4. The final and the one-step reward are the same function: no format bonus leaks into r - r_hat.
+ 3. The guess is read off the forward pass that gives the old log-probability of a selected move: K
+    wide heads per trajectory rather than T. (With one optimizer step a rollout nothing else needs
+    that pass.)
+ 4. The final and the one-step reward are the same function, format terms included: they cancel in
+    r - r_hat where both texts earn them.
  5. The advantage is not divided by the group's standard deviation. A slot's baseline (the group's
     mean at its k-th selected step) mixes different times, r_hat_t stays in the return, and a row
     that has ended counts in the mean, as its own guess.
  6. The old log-probability comes from the same function, shapes and mode as the new one: the first
     ratio is 1. There is no dropout anywhere.
  7. Padding is never attended to and positions count from the first real token, everywhere.
- 8. A row that holds the end token in a finished block is done: nothing after that block is decoded,
+ 8. A row that holds the end token in a finished block is done: nothing after that block is kept,
     selected or scored, in training and evaluation alike.
  9. Randomness is a function of (seed, step, row): it depends on neither ranks nor batches, and a
     resumed run continues exactly.
@@ -116,7 +118,7 @@ def train(run: Run, start: int) -> None:
                 ratio_SU[part] = update(policy, run.optimizer, moves.take(part), cfg, ranks, tally)
             moves = moves._replace(ratio_SU=ratio_SU)
 
-        run.count(tally, roll, len(moves.slot_S))
+        run.count(tally, roll, len(moves.nth_S))
         log.tell(step, tally, problems, answers, rewards, roll, moves)
 
 
@@ -248,10 +250,10 @@ def select_steps(entropy_NT: Tensor, K: int, how: str, u_NT: Tensor | None = Non
     """The K steps of each trajectory that learn [N, K].
 
     The gradient lost by leaving a step out is bounded by its entropy (section 4), so `entropy`
-    keeps the K largest. `uniform` takes the last of K equal parts, `random` any K (`u_NT`), `all`
-    every step, in order of time; steps after a row's end (entropy -inf) come last, and only where
-    nothing else is. `sampled` draws K times with the chances of `step_chances`: one may come twice,
-    and they stay unsorted, for the mean of a slot is a baseline only if it cannot tell the time.
+    keeps the K largest. `uniform` takes the last of each of K equal parts, `random` any K (`u_NT`),
+    `all` every step, in order of time; steps after a row's end (entropy -inf) come last, and only
+    where nothing else is. `sampled` draws K times with the chances of `step_chances`: one may come
+    twice, and stay unsorted, for the mean of a slot is a baseline only if it cannot tell the time.
     """
     live_NT = entropy_NT > -math.inf
     if how == "all":
@@ -292,7 +294,7 @@ class Moves(NamedTuple):
     at_SR: Tensor  # positions in the completion
     token_SR: Tensor
     live_SU: Tensor  # False: the row had ended, or a filler
-    slot_S: Tensor  # which of the trajectory's moves it is: 0 the one of highest entropy
+    nth_S: Tensor  # which of the trajectory's moves by entropy: 0 the highest
     drawn_SJ: Tensor | None = None  # what was drawn in its block, losers included; else the mask
     t_S: Tensor | None = None  # when it was made
     weight_SU: Tensor | None = None  # makes up for the chance that it was selected
@@ -335,7 +337,7 @@ def gather_moves(roll: Rollout, t_NK: Tensor, mask: int) -> Moves:
     )
     at_SR = places(when_SC == t_S1, R)
     n_S = torch.arange(len(t_NK), device=t_NK.device).repeat_interleave(K)
-    rank_NK = roll.entropy_NT.gather(1, t_NK).argsort(dim=1, descending=True, stable=True)
+    order_NK = roll.entropy_NT.gather(1, t_NK).argsort(dim=1, descending=True, stable=True)
     return Moves(
         prompt_SP,
         real_SP,
@@ -343,7 +345,7 @@ def gather_moves(roll: Rollout, t_NK: Tensor, mask: int) -> Moves:
         at_SR=at_SR,
         token_SR=token_SC.gather(1, at_SR),
         live_SU=(when_SC == t_S1).any(1, keepdim=True),
-        slot_S=rank_NK.argsort(dim=1).flatten(),
+        nth_S=order_NK.argsort(dim=1).flatten(),
         drawn_SJ=roll.drawn_NTJ[n_S, t_S1.squeeze(1)],
         t_S=t_S1.squeeze(1),
         rollout_SU=logp_SC.gather(1, at_SR).sum(1, keepdim=True),
@@ -371,7 +373,7 @@ def one_step_moves(roll: Rollout, policy: nn.Module, u_NKP: Tensor, hide: float 
         at_SR=every_C.expand_as(token_SC),
         token_SR=token_SC,
         live_SU=live_SC,
-        slot_S=torch.arange(K, device=u_NKP.device).repeat(N),
+        nth_S=torch.arange(K, device=u_NKP.device).repeat(N),
     )
 
 
@@ -440,11 +442,11 @@ def cache_weight(moves: Moves, cap: float = 2.0) -> Tensor:
 
 
 def minibatches(moves: Moves, cfg: Config) -> Iterator[Tensor]:
-    """Which moves each optimizer step of this rollout learns: all of them, `mu` times, or with
-    `minibatches` one part of the slots after the other, those of highest entropy first."""
-    by_slot_S = moves.slot_S.argsort(stable=True)
+    """Which moves each optimizer step of this rollout learns: `mu` passes over all, each shared by
+    `minibatches`, those of highest entropy first."""
+    order_S = moves.nth_S.argsort(stable=True)
     for _ in range(cfg.repeats):
-        yield from by_slot_S.tensor_split(cfg.updates_a_pass)
+        yield from order_S.tensor_split(cfg.updates_a_pass)
 
 
 def log_probs(policy: nn.Module, moves: Moves, cfg: Config, guess: bool = False):

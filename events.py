@@ -23,8 +23,8 @@ Every event begins with `e`, its kind, `q`, its number in the file, and `ts`, un
   group    all samples of a prompt: it, p; text and rw of each
   step     it; m, the metrics; ent, the mean entropy of each denoising step; sel, by how many rows
            each was selected; n rows of this rank
-  eval     it = step, the updates made; split (val, test, or a task of --eval-also); n problems; m:
-           accuracy with its 95 % interval lo to hi, reward and its parts, tokens, forwards,
+  eval     it = step, the rollouts learnt; split (val, test, or a task of --eval-also); n problems;
+           m: accuracy with its 95 % interval lo to hi, reward and its parts, tokens, forwards,
            seconds, tok_s; in training also kl/uniform, the KL to the reference in nats a token, at
            steps drawn uniformly
   ckpt     it, path: a checkpoint is complete on disk

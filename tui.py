@@ -990,7 +990,7 @@ def run_view(view: View, w: int, h: int) -> list[Line]:
     facts = {
         "state": f"{told['status']}, last event {span(told['age_s'])} ago",
         "error": told["error"],
-        "updates": f"{history.done} of {history.size('iters')}",
+        "steps": f"{history.done} of {history.size('iters')}",
         "last step": phases(history),
         **{name: told[name] for name in ("model", "task", "sizes", "command", "git")},
         "machine": f"{told['host']}, process {told['pid']}",
@@ -1322,7 +1322,7 @@ def print_lines(log: Log, hz: float) -> None:
             print(f"it {it:>5}  {text}", flush=True)
         told |= lines
         if not behind and log.status()[0] not in (*GOING, "waiting"):
-            return print(f"{log.status()[0]} after {history.done} updates", flush=True)
+            return print(f"{log.status()[0]} after {history.done} steps", flush=True)
         time.sleep(0 if behind else 1 / hz)
 
 

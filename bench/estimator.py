@@ -133,7 +133,7 @@ def gradients(run: running.Run, batches: int) -> tuple[dict[str, Tensor], dict[s
             egspo.update(policy, sketcher, moves, cfg, run.ranks, running.Tally())
             sketches[arm].append(sketcher.sketch)
             L = roll.prompt_NP.shape[1] + cfg.C
-            _, cost = plan.step_cost(cfg, policy, L, roll.forwards, len(moves.slot_S))
+            _, cost = plan.step_cost(cfg, policy, L, roll.forwards, len(moves.nth_S))
             flops[arm] = sum(cost.values())
     return {arm: torch.stack(rows) for arm, rows in sketches.items()}, flops
 
@@ -208,8 +208,9 @@ def value(args: argparse.Namespace) -> list[dict]:
         both = torch.corrcoef(torch.stack((early, mean)))[0, 1].item()
         rows.append(
             {
-                "t": t, "states": len(early), "guess": early.mean().item(),
-                "completions": mean.mean().item(), "correlation": both,
+                "t": t, "states": len(early), "each": args.completions,
+                "guess": early.mean().item(), "completions": mean.mean().item(),
+                "correlation": both,
             }
         )  # fmt: skip
     return rows

@@ -1,7 +1,7 @@
 """What does each idea contribute? Runs arms, tasks and seeds, and says what came out.
 
     python bench/study.py run exact             stability of the exact likelihood; default settings
-    python bench/study.py run tune              arms at three learning rates, on another seed
+    python bench/study.py run tune              arms at several learning rates, on another seed
     python bench/study.py run planned           the arms of the planned contrasts, each at its best
     python bench/study.py run closer            ten seeds more of those whose difference is small
     python bench/study.py run rest              the other arms, ten seeds
@@ -10,8 +10,8 @@
 
 Every run is a process of one thread and, when it has finished, a line of bench/study.jsonl; runs
 with a line are not repeated and one that was interrupted goes on where it was, so the command may
-be stopped at any time. --tasks, --arms, --seeds and --processes choose less. The folders of the
-runs are under --runs, without the checkpoints of finished ones.
+be stopped at any time. --tasks, --arms, --seeds, --rates and --processes choose less. The folders
+of the runs are under --runs, without the checkpoints of finished ones.
 
 The statistic is the mean share solved on the validation split over the run, the area under its
 curve along samples or FLOPs. A seed decides batches and noise, and with them the whole first
@@ -82,7 +82,7 @@ PLANNED = [  # (arm, against, along)
 PLANNED_ARMS = list(dict.fromkeys(arm for pair in PLANNED for arm in pair[:2]))
 STUDIED = list(ARMS)[list(ARMS).index("entropy") :]
 RATES = {"diffu-grpo": (1e-5, 3e-5, 1e-4)}  # and of the others:
-USUAL_RATES = (1e-4, 2e-4, 4e-4)
+USUAL_RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 RATE_OF = dict.fromkeys(("stepwise", "placebo", "exact", "sampled"), "entropy")  # one thing differs
 TUNED = [arm for arm in STUDIED if arm not in RATE_OF]
 TUNING = (100,)  # seeds
@@ -112,7 +112,8 @@ def wanted(args: argparse.Namespace) -> list[tuple[str, str, float, int]]:
     keys = []
     for task, seed, arm in itertools.product(tasks, seeds, arms):
         if args.group == "tune":
-            keys += [(task, arm, rate, seed) for rate in RATES.get(arm, USUAL_RATES)]
+            rates = args.rates or RATES.get(arm, USUAL_RATES)
+            keys += [(task, arm, rate, seed) for rate in rates]
         else:
             keys.append((task, arm, best_rate(task, arm) if task in SEPARATE else 0, seed))
     return keys
@@ -356,6 +357,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[], help="only these")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[], help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="only these")
+    parser.add_argument("--rates", nargs="+", type=float, default=[], help="only these, of `tune`")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="where the runs go")
     args = parser.parse_args()

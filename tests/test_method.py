@@ -500,7 +500,7 @@ def test_minibatches_share_the_moves_evenly_the_most_uncertain_first(policy, min
     assert len(parts) == minibatches and max(map(len, parts)) - min(map(len, parts)) <= 1
     order = torch.cat(parts)
     assert order.sort().values.tolist() == list(range(24))
-    assert moves.slot_S[order].tolist() == sorted(moves.slot_S.tolist())
+    assert moves.nth_S[order].tolist() == sorted(moves.nth_S.tolist())
 
 
 def test_leaving_out_the_old_log_probs_changes_no_update(toy):

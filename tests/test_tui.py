@@ -775,7 +775,7 @@ def test_scripts_get_json_a_list_lines_and_pictures(runs, tmp_path):
     assert listed.count("finished") == 2 and str(runs / "live") in listed
     told = run(runs / "sudoku", "--plain").stdout.splitlines()
     assert sum("reward/mean" in line for line in told) == 25
-    assert told[-1] == "finished after 25 updates"
+    assert told[-1] == "finished after 25 steps"
     assert run(runs / "sudoku", "--svg", tmp_path / "a.svg").returncode == 0
     assert (tmp_path / "a.svg").read_text().startswith("<svg")
 
