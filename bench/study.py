@@ -119,22 +119,33 @@ def wanted(args: argparse.Namespace) -> list[tuple[str, str, float, int]]:
     return keys
 
 
-def best_rate(task: str, arm: str) -> float:
-    """That of the largest mean area over the seeds of `tune`."""
-    arm, areas = RATE_OF.get(arm, arm), {}
+def tuned(task: str, arm: str) -> dict[float, float]:
+    """The mean area at each learning rate tried, over the seeds of `tune`."""
+    areas = {}
     for row in recorded():
         if (row["task"], row["arm"]) == (task, arm) and row["seed"] in TUNING:
             areas.setdefault(row["lr"], []).append(area(row, "samples"))
+    return {rate: float(numpy.mean(areas[rate])) for rate in sorted(areas)}
+
+
+def best_rate(task: str, arm: str) -> float:
+    arm = RATE_OF.get(arm, arm)
+    areas = tuned(task, arm)
     if not areas:
         sys.exit(f"{task}, {arm}: no learning rate was tuned: python bench/study.py run tune")
-    return max(areas, key=lambda rate: numpy.mean(areas[rate]))
+    return max(areas, key=areas.get)
+
+
+def flags_of(task: str, arm: str, lr: float, seed: int) -> str:
+    """An arm's exchange is not among them: its name says it."""
+    rate = f"--lr {lr}" if lr else ""
+    return " ".join(f"{TASKS[task]} {ARMS[arm].partition(' ')[2]} {rate} --seed {seed}".split())
 
 
 def run(task: str, arm: str, lr: float, seed: int, folder: Path) -> dict:
     """Start it, or go on with it, and return its row. RuntimeError if it fails."""
     out = folder / "-".join(map(str, (task, arm, *([lr] if lr else []), seed)))
-    name, *flags = ARMS[arm].split()
-    flags = [*TASKS[task].split(), *flags, *(["--lr", str(lr)] if lr else []), "--seed", str(seed)]
+    name, flags = ARMS[arm].split()[0], flags_of(task, arm, lr, seed).split()
     words = ["--resume"] if (out / "config.json").exists() else ["--model", "tiny", *flags]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{out.name}.txt", "a") as said:
@@ -176,8 +187,8 @@ def summary(log: list[dict]) -> dict:
 
 def run_group(args: argparse.Namespace) -> None:
     """All that is missing, some at a time; what fails is said, and the others go on."""
-    have = {(row["task"], row["arm"], row["lr"], row["seed"]) for row in recorded()}
-    missing = [key for key in wanted(args) if key not in have]
+    have = {(row["arm"], row["flags"]) for row in recorded()}
+    missing = [key for key in wanted(args) if (key[1], flags_of(*key)) not in have]
     print(f"{len(missing)} runs to make", flush=True)
 
     def one(key: tuple) -> None:
@@ -274,9 +285,14 @@ def table(group: str) -> list[str]:
 
 
 def by_arm(task: str) -> dict[tuple[str, int], dict]:
-    """The studied runs of a task at the learning rate of their arm, by arm and seed."""
-    rows = [row for row in recorded() if row["task"] == task and row["seed"] not in TUNING]
-    return {(row["arm"], row["seed"]): row for row in rows if row["arm"] in STUDIED}
+    """The studied runs of a task at the best learning rate of their arm, by arm and seed."""
+    found = {}
+    for row in recorded():
+        arm, seed = row["arm"], row["seed"]
+        if row["task"] == task and arm in STUDIED and seed not in TUNING:
+            if row["flags"] == flags_of(task, arm, best_rate(task, arm), seed):
+                found[arm, seed] = row
+    return found
 
 
 def report() -> None:
@@ -288,7 +304,8 @@ def report() -> None:
         rows = by_arm(task)
         if not rows:
             continue
-        lines += [f"## {task}: `{SEPARATE[task]}`", "", *arm_table(task, rows), ""]
+        lines += [f"## {task}: `{SEPARATE[task]}`", "", *rate_table(task), ""]
+        lines += [*arm_table(rows), ""]
         found = [found for pair in PLANNED if (found := contrast(rows, *pair))]
         corrected = holm([each["p"] for each in found])
         lines += [
@@ -310,7 +327,19 @@ def report() -> None:
     print(f"written: {HERE / 'study.md'}")
 
 
-def arm_table(task: str, rows: dict) -> list[str]:
+def rate_table(task: str) -> list[str]:
+    lines = [
+        "| arm | mean share solved, %, at each learning rate tried (another seed) |",
+        "|---|---|",
+    ]
+    for arm in TUNED:
+        if areas := tuned(task, arm):
+            tried = ", ".join(f"{rate:g}: {100 * share:.1f}" for rate, share in areas.items())
+            lines.append(f"| {arm} | {tried} |")
+    return lines
+
+
+def arm_table(rows: dict) -> list[str]:
     lines = [
         "| arm | learning rate | seeds | mean share solved, % [95 %] | at the end, % | TFLOP |",
         "|---|---|---|---|---|---|",
