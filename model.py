@@ -62,6 +62,7 @@ class Architecture:
     n_kv_heads: int
     d_head: int
     rope_theta: float
+    rope_llama3: tuple[float, ...] | None  # factor, low, high and length of Llama 3's scaling
     norm_eps: float
     tied: bool  # the head is the embedding
     shifted: bool  # what the head says at i is for i + 1
@@ -87,6 +88,7 @@ FIXED = {
     "rope_type": "default",
     "use_sliding_window": False,
 }
+LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
 STOCK = "qwen2", "qwen3", "llama"  # model_types of autoregressive models, if nothing says a mask
 SHIFTED = "dream", *STOCK  # of the decoder layout, by alignment
 ALIGNED = "a2d-qwen2", "a2d-qwen3", "a2d-llama"
@@ -131,6 +133,7 @@ def parse_config(raw: dict, source: str = "config") -> Architecture:
         raise ValueError(f"{source}: model_type {raw.get('model_type')!r} is not {known}")
     windows = [layer for layer in raw.get("layer_types") or () if layer != "full_attention"]
     layers, rope_type = (windows or [None])[0], rope.get("rope_type", rope.get("type"))
+    rope_type = None if rope_type == "llama3" and kind != "llada" else rope_type
     said = raw | dict(layer_types=layers, rope_type=rope_type)
     for key, value in FIXED.items():
         if said.get(key) not in (None, value):
@@ -196,6 +199,7 @@ def _llada(raw: dict) -> dict:
         n_kv_heads=n_kv_heads or raw["n_heads"],
         d_head=None,
         rope_theta=raw["rope_theta"],
+        rope_llama3=None,
         norm_eps=raw.get("rms_norm_eps", 1e-5),
         tied=raw.get("weight_tying", False),
         scale_logits=raw.get("scale_logits", False),
@@ -205,7 +209,7 @@ def _llada(raw: dict) -> dict:
 
 
 def _decoder(raw: dict) -> dict:
-    kind = raw["model_type"].lower().removeprefix("a2d-")
+    kind, rope = raw["model_type"].lower().removeprefix("a2d-"), rope_of(raw)
     if kind in ("dream", "qwen2"):
         biased = {"qkv"}
     else:
@@ -221,7 +225,8 @@ def _decoder(raw: dict) -> dict:
         n_heads=raw["num_attention_heads"],
         n_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
         d_head=raw.get("head_dim") or (128 if kind == "qwen3" else None),
-        rope_theta=rope_of(raw).get("rope_theta") or raw["rope_theta"],
+        rope_theta=rope.get("rope_theta") or raw["rope_theta"],
+        rope_llama3=tuple(rope[name] for name in LLAMA3) if "llama3" in rope.values() else None,
         norm_eps=raw.get("rms_norm_eps", 1e-6),
         tied=raw.get("tie_word_embeddings", False),
         scale_logits=False,
@@ -258,11 +263,17 @@ class RMSNorm(nn.Module):
         return scaled if self.bias is None else scaled + self.bias
 
 
-def rotary(place_NL: Tensor, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary(place_NL: Tensor, c: Architecture) -> tuple[Tensor, Tensor]:
     """Cosines and sines [N, 1, L, E] of each position's angles (arXiv 2104.09864), in float32:
-    bf16 cannot tell position 256 from 257."""
-    pair = torch.arange(0, d_head, 2, device=place_NL.device, dtype=torch.float32)
-    angle = place_NL[:, None, :, None].float() * (1.0 / theta ** (pair / d_head))
+    bf16 cannot tell position 256 from 257. Llama 3 slows down by a factor what turns less than
+    `low` times over a length, leaves what turns more than `high` times, and blends between."""
+    pair = torch.arange(0, c.d_head, 2, device=place_NL.device, dtype=torch.float32)
+    speed = 1.0 / c.rope_theta ** (pair / c.d_head)  # radians a position
+    if c.rope_llama3:
+        factor, low, high, length = c.rope_llama3
+        kept = ((length * speed / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        speed = speed * (kept + (1 - kept) / factor)
+    angle = place_NL[:, None, :, None].float() * speed
     angle = torch.cat((angle, angle), dim=-1)  # a pair is (e, e + E/2), not (2e, 2e + 1)
     return angle.cos(), angle.sin()
 
@@ -377,7 +388,7 @@ class Transformer(nn.Module):
             place_NL, seen = torch.arange(ids_NL.shape[1], device=ids_NL.device)[None], None
         else:
             place_NL, seen = real_NL.cumsum(1) - 1, real_NL[:, None, None, :]
-        cos, sin = rotary(place_NL, c.d_head, c.rope_theta)
+        cos, sin = rotary(place_NL, c)
         x, narrow = self.embed(ids_NL), bool(cache and cache[0])
         if narrow:
             if c.shifted:  # the feature before the first is needed too

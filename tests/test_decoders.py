@@ -21,9 +21,14 @@ SIZES = dict(
     num_hidden_layers=2, intermediate_size=48, eos_token_id=51, pad_token_id=52,
     rope_parameters=dict(rope_type="default", rope_theta=5000.0),
 )  # fmt: skip
+LLAMA3 = dict(  # of the four pairs of a head of 8, one is kept, one blended, two are slowed down
+    rope_type="llama3", rope_theta=5000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=96,
+)  # fmt: skip
 STOCK = {  # two queries share a key; the last three's heads are wider together than the network
     "llama": LlamaConfig(**SIZES, rms_norm_eps=1e-5),
     "llama tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama 3": LlamaConfig(**SIZES | dict(rope_parameters=LLAMA3)),
     "qwen2": Qwen2Config(**SIZES),
     "qwen2 tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
     "llama biases": LlamaConfig(**SIZES | dict(head_dim=12), attention_bias=True, mlp_bias=True),
@@ -167,9 +172,13 @@ REFUSED = {
     "Fast-dLLM": (dict(model_type="Fast_dLLM_Qwen"), "'Fast_dLLM_Qwen' is not served: its att"),
     "DiffusionGemma": (dict(model_type="diffusion_gemma"), "not served: it has no mask token"),
     "another": (dict(model_type="gpt2"), "'gpt2' is not llada, Dream, qwen2, qwen3, llama or a2d"),
-    "llama3 scaling": (
+    "llama3 scaling without its factors": (
         dict(rope_parameters=dict(rope_type="llama3", rope_theta=5e5, factor=8.0)),
-        "rope_type 'llama3' is not supported, only 'default'",
+        "'low_freq_factor' is missing",
+    ),
+    "longrope": (
+        dict(rope_parameters=dict(rope_type="longrope", rope_theta=5e5, factor=8.0)),
+        "rope_type 'longrope' is not supported, only 'default'",
     ),
     "older scaling": (dict(rope_parameters=None, rope_scaling=dict(type="yarn")), "rope_type 'yar"),
     "windows": (WINDOW | dict(use_sliding_window=True), "use_sliding_window True"),

@@ -308,7 +308,7 @@ def test_bf16_weights_give_float32_logits_near_the_exact_ones(variant, tmp_path)
 
 
 def test_rotary_angles_keep_float32_at_far_positions_in_bf16():
-    cos, _ = model.rotary(torch.tensor([[2000, 2001]]), 8, 10000.0)
+    cos, _ = model.rotary(torch.tensor([[2000, 2001]]), model.parse_config(LLADA))
     assert cos.dtype == torch.float32 and abs(cos[0, 0, 1, 0] - torch.tensor(2001.0).cos()) < 1e-5
 
 
