@@ -60,7 +60,7 @@ ARMS = {  # arm of bench/arms.py, flags
     "exact-all-mu2": "plain --likelihood exact --select all --mu 2",
     "minibatches": "plain --minibatches 4",
     "entropy": "plain --lam 0",
-    "all": "plain --lam 0 --select all",
+    "all-3": "plain --lam 0 --select all --steps 3 --eval-every 1",  # dearer than 10 of entropy's
     "random": "plain --lam 0 --select random",
     "uniform": "plain --lam 0 --select uniform",
     "lowest": "lowest --lam 0",
@@ -68,13 +68,14 @@ ARMS = {  # arm of bench/arms.py, flags
     "stepwise": "plain --lam 0.5",
     "placebo": "placebo --lam 0.5",
     "exact": "plain --lam 0 --likelihood exact",
+    "all": "plain --lam 0 --select all",
     "diffu-grpo": "plain --method diffu_grpo --mu 12 --eps-low 0.5 --eps-high 0.5",
     "sampled": "plain --lam 0 --select sampled",
     "just-grpo": "plain --lam 0 --block 1 --select all --beta 0 --temperature 1 --normalise",
 }
 PLANNED = [  # (arm, against, along)
     ("entropy", "random", "samples"),
-    ("entropy", "all", "tflop"),
+    ("entropy", "all-3", "tflop"),
     ("stepwise", "entropy", "samples"),
     ("stepwise", "placebo", "samples"),
     ("exact", "entropy", "samples"),
@@ -84,6 +85,7 @@ STUDIED = list(ARMS)[list(ARMS).index("entropy") :]
 RATES = {"diffu-grpo": (1e-5, 3e-5, 1e-4)}  # and of the others:
 USUAL_RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 RATE_OF = dict.fromkeys(("stepwise", "placebo", "exact", "sampled"), "entropy")  # one thing differs
+RATE_OF["all-3"] = "all"
 TUNED = [arm for arm in STUDIED if arm not in RATE_OF]
 TUNING = (100,)  # seeds
 GROUPS = {  # name -> tasks, arms, seeds
