@@ -15,13 +15,17 @@ of the runs are under --runs, without the checkpoints of finished ones.
 
 The statistic is the mean share solved on the validation split over the run, the area under its
 curve along samples or FLOPs. A seed decides batches and noise, and with them the whole first
-rollout, so runs are compared in pairs of equal seed: mean difference, 95 % interval by bootstrap,
-sign-flip test, Holm's correction over the planned contrasts of a task.
+rollout, so runs are compared in pairs of equal seed: mean difference, sign-flip test and
+the 95 % interval that goes with it, Holm's correction over the planned contrasts of a task. A rate
+is chosen for entropy, random and all; the other planned arms differ from entropy in one thing and
+take its rate, which favours none but entropy.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -43,10 +47,11 @@ DEFAULTS = {  # the embedded model's, as they are
     "countdown": "--task countdown",
     "toycode": "--task toycode",
 }
+SHORT = "--T 24 --K 2 --steps 6 --eval-every 1 --no-test --precision float32"
 SEPARATE = {  # one token a step, few selected, short: arms do not meet at the ceiling
-    "hard": "--task sudoku-hard --T 24 --K 2 --steps 10 --eval-every 2 --no-test",
-    "sums": "--task countdown --T 24 --K 2 --steps 10 --eval-every 2 --no-test",
-    "code": "--task toycode --T 24 --K 2 --steps 10 --eval-every 2 --no-test",
+    "hard": f"--task sudoku-hard {SHORT}",
+    "sums": f"--task countdown {SHORT}",
+    "code": f"--task toycode {SHORT}",
 }
 TASKS = DEFAULTS | SEPARATE
 ARMS = {  # arm of bench/arms.py, flags
@@ -60,7 +65,7 @@ ARMS = {  # arm of bench/arms.py, flags
     "exact-all-mu2": "plain --likelihood exact --select all --mu 2",
     "minibatches": "plain --minibatches 4",
     "entropy": "plain --lam 0",
-    "all-3": "plain --lam 0 --select all --steps 3 --eval-every 1",  # dearer than 10 of entropy's
+    "all-2": "plain --lam 0 --select all --steps 2",  # which take more FLOPs than 6 of entropy's
     "random": "plain --lam 0 --select random",
     "uniform": "plain --lam 0 --select uniform",
     "lowest": "lowest --lam 0",
@@ -75,7 +80,7 @@ ARMS = {  # arm of bench/arms.py, flags
 }
 PLANNED = [  # (arm, against, along)
     ("entropy", "random", "samples"),
-    ("entropy", "all-3", "tflop"),
+    ("entropy", "all-2", "tflop"),
     ("stepwise", "entropy", "samples"),
     ("stepwise", "placebo", "samples"),
     ("exact", "entropy", "samples"),
@@ -83,11 +88,10 @@ PLANNED = [  # (arm, against, along)
 PLANNED_ARMS = list(dict.fromkeys(arm for pair in PLANNED for arm in pair[:2]))
 STUDIED = list(ARMS)[list(ARMS).index("entropy") :]
 RATES = {"diffu-grpo": (1e-5, 3e-5, 1e-4)}  # and of the others:
-USUAL_RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+USUAL_RATES = (2e-4, 4e-4, 8e-4)
 RATE_OF = dict.fromkeys(("stepwise", "placebo", "exact", "sampled"), "entropy")  # one thing differs
-RATE_OF["all-3"] = "all"
 TUNED = [arm for arm in STUDIED if arm not in RATE_OF]
-TUNING = (100,)  # seeds
+TUNING = (100, 101)  # seeds
 GROUPS = {  # name -> tasks, arms, seeds
     "exact": (DEFAULTS, list(ARMS)[:8], (0, 1, 2)),
     "minibatches": (DEFAULTS, ["default", "minibatches"], (0, 1, 2)),
@@ -125,7 +129,7 @@ def tuned(task: str, arm: str) -> dict[float, float]:
     """The mean area at each learning rate tried, over the seeds of `tune`."""
     areas = {}
     for row in recorded():
-        if (row["task"], row["arm"]) == (task, arm) and row["seed"] in TUNING:
+        if (row["task"], row["arm"]) == (task, arm) and row["seed"] in TUNING and current(row):
             areas.setdefault(row["lr"], []).append(area(row, "samples"))
     return {rate: float(numpy.mean(areas[rate])) for rate in sorted(areas)}
 
@@ -138,6 +142,11 @@ def best_rate(task: str, arm: str) -> float:
     return max(areas, key=areas.get)
 
 
+def current(row: dict) -> bool:
+    """Was it made with the flags that its name means today?"""
+    return row["flags"] == flags_of(row["task"], row["arm"], row["lr"], row["seed"])
+
+
 def flags_of(task: str, arm: str, lr: float, seed: int) -> str:
     """An arm's exchange is not among them: its name says it."""
     rate = f"--lr {lr}" if lr else ""
@@ -146,9 +155,10 @@ def flags_of(task: str, arm: str, lr: float, seed: int) -> str:
 
 def run(task: str, arm: str, lr: float, seed: int, folder: Path) -> dict:
     """Start it, or go on with it, and return its row. RuntimeError if it fails."""
-    out = folder / "-".join(map(str, (task, arm, *([lr] if lr else []), seed)))
-    name, flags = ARMS[arm].split()[0], flags_of(task, arm, lr, seed).split()
-    words = ["--resume"] if (out / "config.json").exists() else ["--model", "tiny", *flags]
+    name, flags = ARMS[arm].split()[0], flags_of(task, arm, lr, seed)
+    of_flags = hashlib.blake2b(flags.encode(), digest_size=3).hexdigest()  # changed: a new run
+    out = folder / "-".join(map(str, (task, arm, *([lr] if lr else []), seed, of_flags)))
+    words = ["--resume"] if (out / "config.json").exists() else ["--model", "tiny", *flags.split()]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{out.name}.txt", "a") as said:
         done = subprocess.run(
@@ -159,7 +169,7 @@ def run(task: str, arm: str, lr: float, seed: int, folder: Path) -> dict:
         raise RuntimeError(f"{out.name}: exit code {done.returncode}; see {said.name}")
     log = events.read(out)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    key = {"task": task, "arm": arm, "lr": lr, "seed": seed, "flags": " ".join(flags)}
+    key = {"task": task, "arm": arm, "lr": lr, "seed": seed, "flags": flags}
     return key | summary(log)
 
 
@@ -220,13 +230,6 @@ def area(row: dict, along: str, limit: float | None = None) -> float:
     return float(numpy.sum(numpy.diff(x) * (y[1:] + y[:-1]) / 2) / limit)
 
 
-def interval(values: numpy.ndarray, draws: int = 10_000) -> tuple[float, float]:
-    """95 % of the mean, by bootstrap."""
-    rng = numpy.random.default_rng(0)
-    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(1)
-    return tuple(numpy.quantile(means, (0.025, 0.975)))
-
-
 def sign_flip(differences: numpy.ndarray, draws: int = 100_000) -> float:
     """How often a mean is as far from 0 if every difference could as well be its opposite: all sign
     patterns up to 16 differences, else a sample of them."""
@@ -240,6 +243,23 @@ def sign_flip(differences: numpy.ndarray, draws: int = 100_000) -> float:
     return float((means >= abs(differences.mean()) - 1e-12).mean())
 
 
+def interval(values: numpy.ndarray) -> tuple[float, float]:
+    """95 %: the means that the sign-flip test does not reject; endless below six values."""
+    if sign_flip(numpy.ones_like(values)) > 0.05:
+        return -math.inf, math.inf
+    ends = []
+    for rejected in (values.min() - 1e-9, values.max() + 1e-9):
+        kept = values.mean()
+        for _ in range(30):
+            middle = (kept + rejected) / 2
+            if sign_flip(values - middle) > 0.05:
+                kept = middle
+            else:
+                rejected = middle
+        ends.append(float(kept))
+    return tuple(ends)
+
+
 def holm(p: list[float]) -> list[float]:
     """p-values corrected for looking at several (Holm 1979)."""
     order, corrected, largest = numpy.argsort(p), [0.0] * len(p), 0.0
@@ -249,20 +269,19 @@ def holm(p: list[float]) -> list[float]:
     return corrected
 
 
-def contrast(rows: dict, one: str, other: str, along: str) -> dict | None:
+def contrast(rows: dict, one: str, other: str, along: str) -> dict:
     """The paired difference of areas between two arms of a task; rows: (arm, seed) -> row."""
+    found = dict(contrast=f"{one} − {other}", along=along, n=0, mean=0.0, lo=0.0, hi=0.0, p=1.0)
     seeds = sorted(seed for arm, seed in rows if arm == one and (other, seed) in rows)
-    if len(seeds) < 3:
-        return None
+    if not seeds:
+        return found  # and counts in Holm's correction all the same
     pairs = [(rows[one, seed], rows[other, seed]) for seed in seeds]
     limit = min(row["curve"][-1][along] for pair in pairs for row in pair)
     differences = numpy.array([area(a, along, limit) - area(b, along, limit) for a, b in pairs])
     lo, hi = interval(differences)
     p = sign_flip(differences)
-    return dict(
-        contrast=f"{one} − {other}", along=along, n=len(seeds), mean=differences.mean(), lo=lo,
-        hi=hi, p=p,
-    )  # fmt: skip
+    found |= dict(n=len(seeds), differences=differences, mean=differences.mean())
+    return found | dict(lo=lo, hi=hi, p=p)
 
 
 # ---- what came out -------------------------------------------------------------------------------
@@ -276,6 +295,7 @@ def table(group: str) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     rows = [row for row in recorded() if row["task"] in tasks and row["arm"] in arms]
+    rows = [row for row in rows if current(row)]
     for row in sorted(rows, key=lambda row: (row["task"], arms.index(row["arm"]), row["seed"])):
         test = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in row["test"] or [0] * 3))
         cells = (
@@ -291,8 +311,8 @@ def by_arm(task: str) -> dict[tuple[str, int], dict]:
     found = {}
     for row in recorded():
         arm, seed = row["arm"], row["seed"]
-        if row["task"] == task and arm in STUDIED and seed not in TUNING:
-            if row["flags"] == flags_of(task, arm, best_rate(task, arm), seed):
+        if row["task"] == task and arm in STUDIED and seed not in TUNING and current(row):
+            if row["lr"] == best_rate(task, arm):
                 found[arm, seed] = row
     return found
 
@@ -308,7 +328,7 @@ def report() -> None:
             continue
         lines += [f"## {task}: `{SEPARATE[task]}`", "", *rate_table(task), ""]
         lines += [*arm_table(rows), ""]
-        found = [found for pair in PLANNED if (found := contrast(rows, *pair))]
+        found = [contrast(rows, *pair) for pair in PLANNED]
         corrected = holm([each["p"] for each in found])
         lines += [
             "| planned contrast | along | pairs | difference of the mean share solved, points "
@@ -320,8 +340,10 @@ def report() -> None:
             lines.append(
                 f"| {each['contrast']} | {each['along']} | {each['n']} | {mean:+.1f} "
                 f"[{lo:+.1f}, {hi:+.1f}] | {each['p']:.3f} | {p:.3f} |"
+                if each["n"]
+                else f"| {each['contrast']} | {each['along']} | 0 | not run | | |"
             )
-        picture(task, rows)
+        picture(task, [each for each in found if each["n"] > 5])  # whose intervals have an end
         lines += ["", f"![{task}](study-{task}.png)", ""]
     for group in ("exact", "minibatches"):
         lines += [f"## Default settings: {group}", "", *table(group), ""]
@@ -343,8 +365,9 @@ def rate_table(task: str) -> list[str]:
 
 def arm_table(rows: dict) -> list[str]:
     lines = [
-        "| arm | learning rate | seeds | mean share solved, % [95 %] | at the end, % | TFLOP |",
-        "|---|---|---|---|---|---|",
+        "| arm | learning rate | seeds | mean share solved, % [95 %] | at the end, % | samples "
+        "| TFLOP |",
+        "|---|---|---|---|---|---|---|",
     ]
     for arm in STUDIED:
         of_arm = [row for (name, _), row in rows.items() if name == arm]
@@ -352,30 +375,31 @@ def arm_table(rows: dict) -> list[str]:
             areas = numpy.array([area(row, "samples") for row in of_arm])
             lo, hi = interval(areas)
             end = numpy.mean([row["accuracy"] for row in of_arm])
-            tflop = numpy.mean([row["curve"][-1]["tflop"] for row in of_arm])
+            ends = [row["curve"][-1] for row in of_arm]
+            samples, tflop = (numpy.mean([e[name] for e in ends]) for name in ("samples", "tflop"))
             lines.append(
                 f"| {arm} | {of_arm[0]['lr']:g} | {len(of_arm)} | {100 * areas.mean():.1f} "
-                f"[{100 * lo:.1f}, {100 * hi:.1f}] | {100 * end:.1f} | {tflop:.1f} |"
+                f"[{100 * lo:.1f}, {100 * hi:.1f}] | {100 * end:.1f} | {samples:.0f} "
+                f"| {tflop:.1f} |"
             )
     return lines
 
 
-def picture(task: str, rows: dict) -> None:
-    """Each arm's area: its seeds as dots, mean and interval as a bar, named at the left."""
+def picture(task: str, found: list[dict]) -> None:
+    """Each planned contrast: its pairs as dots, mean and interval as a bar, named at the left."""
     from matplotlib import pyplot
 
-    arms = [arm for arm in STUDIED if any(name == arm for name, _ in rows)]
-    figure, axes = pyplot.subplots(figsize=(7, 0.4 * len(arms) + 1))
-    for y, arm in enumerate(reversed(arms)):
-        areas = numpy.array(
-            [100 * area(row, "samples") for (a, _), row in rows.items() if a == arm]
-        )
-        lo, hi = interval(areas)
-        axes.plot(areas, [y] * len(areas), "o", color="0.75", markersize=4)
-        axes.plot([lo, hi], [y, y], "-", color="0.2", linewidth=2)
-        axes.plot(areas.mean(), y, "D", color="black", markersize=5)
-    axes.set_yticks(range(len(arms)), list(reversed(arms)))
-    axes.set_xlabel("mean share of validation problems solved over the run, %")
+    figure, axes = pyplot.subplots(figsize=(7, 0.45 * len(found) + 1))
+    for y, each in enumerate(reversed(found)):
+        dots = 100 * each["differences"]
+        axes.plot(dots, [y + 0.15] * len(dots), "o", color="0.7", markersize=4)
+        axes.plot([100 * each["lo"], 100 * each["hi"]], [y, y], "-", color="0.2", linewidth=2)
+        axes.plot(dots.mean(), y, "D", color="black", markersize=5)
+    axes.axvline(0, color="0.5", linewidth=1)
+    along = {"samples": "samples", "tflop": "FLOPs"}
+    names = [f"{each['contrast']}, equal {along[each['along']]}" for each in reversed(found)]
+    axes.set_yticks(range(len(found)), names)
+    axes.set_xlabel("difference of the mean share of problems solved over the run, points")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(HERE / f"study-{task}.png", dpi=150)

@@ -61,8 +61,22 @@ def test_a_contrast_pairs_equal_seeds_and_stops_where_the_first_run_stops():
     rows |= {("b", seed): row(0, 0.5) for seed in range(1, 9)}
     found = study.contrast(rows, "a", "b", "samples")
     assert found["n"] == 3 and found["mean"] == pytest.approx(0.25)
-    assert found["p"] == pytest.approx(2 / 8) and found["lo"] == found["hi"]
-    assert study.contrast(rows, "a", "c", "samples") is None
+    assert found["p"] == pytest.approx(2 / 8) and found["hi"] == math.inf
+    assert study.contrast(rows, "a", "c", "samples")["n"] == 0
+
+
+def test_an_interval_holds_the_means_that_the_test_does_not_reject():
+    import numpy
+
+    rng = numpy.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        values = rng.normal(0.3, 1, 8)
+        lo, hi = study.interval(values)
+        assert lo < values.mean() < hi
+        assert (lo < 0 < hi) == (study.sign_flip(values) > 0.05)
+        covered += lo < 0.3 < hi
+    assert 182 <= covered  # of 190 expected; a bootstrap covers some 176
 
 
 def test_the_lowest_arm_selects_the_surest_live_steps(exchange):
