@@ -20,14 +20,14 @@ over steps chosen whatever the trajectory; tests/test_exact.py prints what each 
 r_hat_t is the reward of the greedy one-step completion of s_t, the guess. lam = 0 is EGSPO, above
 it EGSPO-SA.
 
-Where this file departs from the paper or from its released code, and why:
+Where this file departs from the paper or from its released code, and why (a table in the README
+has data, prompts, rewards and settings):
 
  1. A move is scored at the sampling temperature; all that follows the logits is float32 or more.
  2. `--likelihood exact` is the probability of the whole move, the choice of positions included;
     the product of token probabilities (`tokens`, the paper's) is exact only for random order.
- 3. The guess is read off the forward pass that gives the old log-probability of a selected move: K
-    wide heads per trajectory rather than T. (With one optimizer step a rollout nothing else needs
-    that pass.)
+ 3. The guess is read off the forward pass that gives the old log-probability of a selected move, if
+    one is needed: K wide heads per trajectory rather than T.
  4. The final and the one-step reward are the same function, format terms included: they cancel in
     r - r_hat where both texts earn them.
  5. The advantage is not divided by the group's standard deviation. A slot's baseline (the group's
@@ -44,8 +44,6 @@ Where this file departs from the paper or from its released code, and why:
     truncated importance weight, and the run logs how far apart the two are (cache/kl).
 11. All seven linear maps of a block are adapted (the released list of names misses three of
     LLaDA's), and lam is constant (a later state of the released code takes lam t / T).
-
-Data, prompts, rewards and settings, published and here: a table in the README.
 
 Names end in their dimensions: B prompts of this rank, G samples per prompt, N = B*G rows
 (prompt-major), n of them still decoded, T denoising steps, K selected ones, S = N*K moves, R tokens
@@ -118,7 +116,7 @@ def train(run: Run, start: int) -> None:
                 ratio_SU[part] = update(policy, run.optimizer, moves.take(part), cfg, ranks, tally)
             moves = moves._replace(ratio_SU=ratio_SU)
 
-        run.count(tally, roll, len(moves.nth_S))
+        run.count(tally, roll, int(passed(moves, cfg).sum()))
         log.tell(step, tally, problems, answers, rewards, roll, moves)
 
 
@@ -181,9 +179,7 @@ def rollout(
     when_NC = torch.full_like(token_NC, cfg.T)
     logp_NC = torch.zeros((N, cfg.C), device=prompt_NP.device)
     entropy_NC, drawn_NTJ = torch.zeros_like(logp_NC), token_NC.new_full((N, cfg.T, J), mask)
-    roll = Rollout(
-        prompt_NP, real_NP, token_NC, when_NC, logp_NC, entropy_NC, drawn_NTJ, cfg.T
-    )  # fmt: skip
+    roll = Rollout(prompt_NP, real_NP, token_NC, when_NC, logp_NC, entropy_NC, drawn_NTJ, cfg.T)
     for first in range(0, cfg.C, J):
         rows = unfinished(torch.isin(token_NC[:, :first], policy.ends).any(1), cfg.shard)
         prompt_nP, real_nL = prompt_NP[rows], with_completion(real_NP[rows], cfg.C)
@@ -253,16 +249,16 @@ def select_steps(entropy_NT: Tensor, K: int, how: str, u_NT: Tensor | None = Non
     keeps the K largest. `uniform` takes the last of each of K equal parts, `random` any K (`u_NT`),
     `all` every step, in order of time; steps after a row's end (entropy -inf) come last, and only
     where nothing else is. `sampled` draws K times with the chances of `step_chances`: one may come
-    twice, and stay unsorted, for the mean of a slot is a baseline only if it cannot tell the time.
+    twice, and they stay unsorted: a slot's mean is a baseline only if it cannot tell the time.
     """
     live_NT = entropy_NT > -math.inf
+    t = torch.arange(entropy_NT.shape[1], device=entropy_NT.device)
     if how == "all":
-        return torch.arange(entropy_NT.shape[1], device=entropy_NT.device).expand_as(entropy_NT)
+        return t.expand_as(entropy_NT)
     if how == "sampled":
         chance_SX = step_chances(entropy_NT).repeat_interleave(K, dim=0)
         return invert(chance_SX, u_NT[:, :K].flatten())[0].view(-1, K)
     if how == "uniform":
-        t = torch.arange(entropy_NT.shape[1], device=entropy_NT.device)
         n_N1 = live_NT.sum(1, keepdim=True)
         part_NT, next_NT = ((t + i) * K // n_N1 for i in (0, 1))
         score_NT = ((next_NT > part_NT) | (n_N1 <= K)).float()  # the K lasts, or all there are
@@ -453,9 +449,9 @@ def log_probs(policy: nn.Module, moves: Moves, cfg: Config, guess: bool = False)
     """Log-prob under `policy` of each move and of its tokens, both [S, U]; with `guess` also its
     guess [S, C]. Old ones are taken with gradients on, as the update's are: without, other kernels
     run, which round otherwise, and the first ratio would not be 1."""
-    S = len(moves.live_SU)
-    parts = [scored(policy, mb, cfg, guess) for mb in micro_batches(moves, cfg.micro)]
-    return tuple(None if x[0] is None else torch.cat(x)[:S] for x in zip(*parts))
+    place_S = passed(moves, cfg).cumsum(0) - 1  # what did not live says what the one before it says
+    parts = [scored(policy, mb, cfg, guess) for mb in micro_batches(moves, cfg)]
+    return tuple(None if x[0] is None else torch.cat(x)[place_S] for x in zip(*parts))
 
 
 def scored(policy: nn.Module, mb: Moves, cfg: Config, guess: bool):
@@ -474,8 +470,8 @@ def update(policy, optimizer, moves: Moves, cfg: Config, ranks: Ranks, tally: Ta
     count = ranks.sum(moves.live_SU.sum().float())
     if count == 0:  # of all ranks: every row had ended, and old momentum is no reason to move
         return torch.ones_like(moves.adv_SU)
-    ratios = []
-    for mb in micro_batches(moves, cfg.micro):
+    ratios, place_S = [], passed(moves, cfg).cumsum(0) - 1
+    for mb in micro_batches(moves, cfg):
         logp_SU, token_SU = move_logp(policy, completion_features(policy, mb), mb, cfg)
         loss_SU, stats = clipped_loss(logp_SU, token_SU, mb, cfg)
         (torch.where(mb.live_SU, loss_SU, 0).sum() / count).backward()
@@ -489,7 +485,7 @@ def update(policy, optimizer, moves: Moves, cfg: Config, ranks: Ranks, tally: Ta
     optimizer.zero_grad(set_to_none=True)
     tally.add("grad_norm", norm.detach())
     tally.add("lr", optimizer.param_groups[0]["lr"])
-    return torch.cat(ratios)[: len(moves.live_SU)]
+    return torch.cat(ratios)[place_S]
 
 
 FARTHEST = 10.0  # nats between two policies that count: e^10 in a ratio, finite in any precision
@@ -500,9 +496,9 @@ def clipped_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The surrogate of section 4 [S, U], and its statistics by name, each [S, U].
 
-    [-min(ratio A, clip(ratio) A) + beta k3] / R, where ratio = exp(logp - old) and k3 = exp(ref -
-    token) - (ref - token) - 1, of the move's tokens whatever its likelihood counts. R, the tokens
-    of a ratio, keeps a step of many from outweighing one of few.
+    [-min(ratio A, clip(ratio) A) + beta k3] / R, where ratio = exp(logp - old) and k3 is of the
+    tokens, whatever the likelihood counts. R, the tokens of a ratio, keeps a step of many from
+    outweighing one of few.
     """
     old_SU = logp_SU.detach() if mb.old_SU is None else mb.old_SU
     ratio_SU = (logp_SU - old_SU).clamp(-FARTHEST, FARTHEST).exp()
@@ -589,13 +585,20 @@ def completion_features(policy: nn.Module, mb: Moves) -> Tensor:
     return policy.features(ids_SL, real_SL)[:, mb.prompt_SP.shape[1] :]
 
 
-def micro_batches(moves: Moves, micro: int) -> Iterator[Moves]:
-    """Slices of exactly `micro` rows (static shapes); fillers at the end are not live."""
-    S = len(moves.live_SU)
-    for first in range(0, S, micro):
-        rows = torch.arange(first, first + micro, device=moves.live_SU.device)
-        mb = moves.take(rows % S)
-        yield mb._replace(live_SU=mb.live_SU & (rows < S)[:, None])
+def passed(moves: Moves, cfg: Config) -> Tensor:
+    """Which moves pass through the network [S]: the live ones, and the first, so that every rank
+    has gradients. With --shard all, for the ranks gather the weights together."""
+    passed_S = moves.live_SU.any(1) | cfg.shard
+    passed_S[:1] = True
+    return passed_S
+
+
+def micro_batches(moves: Moves, cfg: Config) -> Iterator[Moves]:
+    """Slices of exactly `micro` of them (static shapes); fillers at the end are not live."""
+    for part in passed(moves, cfg).nonzero().squeeze(1).split(cfg.micro):
+        mb = moves.take(torch.cat((part, part.new_zeros(cfg.micro - len(part)))))
+        real = torch.arange(cfg.micro, device=part.device) < len(part)
+        yield mb._replace(live_SU=mb.live_SU & real[:, None])
 
 
 # ---- evaluate ------------------------------------------------------------------------------------
@@ -637,11 +640,9 @@ def evaluate(
             tally.add("kl/uniform", kl_of_a_step(run, roll, rows, cfg)[real])
         tally.add("tokens", roll.lengths(policy.ends)[real])
         tally.add("forwards", torch.full((len(chunk),), roll.forwards / len(asked)))
-    m = tally.means(ranks.gather)
-    seconds = time.monotonic() - began
-    lo, hi = running.wilson(m["accuracy"], len(problems))
-    speed = m["tokens"] * len(problems) * n / seconds
-    return {**m, "lo": lo, "hi": hi, "n": len(problems), "seconds": seconds, "tok_s": speed}
+    m = tally.means(ranks.gather) | {"n": len(problems), "seconds": time.monotonic() - began}
+    lo, hi = running.wilson(m["accuracy"], m["n"])
+    return {**m, "lo": lo, "hi": hi, "tok_s": m["tokens"] * m["n"] * n / m["seconds"]}
 
 
 @torch.no_grad()
@@ -651,7 +652,7 @@ def kl_of_a_step(run: Run, roll: Rollout, rows: list[int], cfg: Config) -> Tenso
     live_N = (roll.entropy_NT > -math.inf).sum(1)
     u_N = uniform((), rows, cfg.seed, "kl").to(live_N.device)
     moves, parts = gather_moves(roll, (u_N * live_N).long()[:, None], run.policy.config.mask_id), []
-    for mb in micro_batches(moves, cfg.micro):
+    for mb in micro_batches(moves, cfg):
         logps = []
         for held in (contextlib.nullcontext(run.policy), run.reference()):
             with held as net:

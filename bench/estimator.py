@@ -133,7 +133,8 @@ def gradients(run: running.Run, batches: int) -> tuple[dict[str, Tensor], dict[s
             egspo.update(policy, sketcher, moves, cfg, run.ranks, running.Tally())
             sketches[arm].append(sketcher.sketch)
             L = roll.prompt_NP.shape[1] + cfg.C
-            _, cost = plan.step_cost(cfg, policy, L, roll.forwards, len(moves.nth_S))
+            S = int(egspo.passed(moves, cfg).sum())
+            _, cost = plan.step_cost(cfg, policy, L, roll.forwards, S)
             flops[arm] = sum(cost.values())
     return {arm: torch.stack(rows) for arm, rows in sketches.items()}, flops
 

@@ -158,9 +158,10 @@ def test_compiled_blocks_give_the_same_scores_as_eager_ones_and_a_first_ratio_of
     assert len(eager_S) > 16  # more than one micro-batch
     assert not torch.equal(eager_S, compiled_S)  # it was compiled
     assert torch.allclose(eager_S, compiled_S, atol=0.1)
-    parts = egspo.micro_batches(moves, cfg.micro)  # as an update scores them, before any
+    parts = egspo.micro_batches(moves, cfg)  # as an update scores them, before any
     logp_SU = [egspo.move_logp(net, egspo.completion_features(net, mb), mb, cfg)[0] for mb in parts]
-    assert torch.equal(torch.cat(logp_SU)[: len(moves.live_SU)][moves.live_SU], compiled_S)
+    place_S = egspo.passed(moves, cfg).cumsum(0) - 1
+    assert torch.equal(torch.cat(logp_SU)[place_S][moves.live_SU], compiled_S)
 
 
 def test_slabs_cover_every_position_once():
@@ -400,6 +401,28 @@ def test_the_micro_batch_size_changes_nothing(folder, variant):
     for flat, loss in sums[1:]:
         assert (flat - sums[0][0]).norm() < 1e-4 * scale
         assert math.isclose(loss, sums[0][1], abs_tol=1e-6)
+
+
+def test_moves_of_rows_that_had_ended_pass_through_no_network_and_change_nothing(
+    folder, monkeypatch
+):
+    """Sharded, all of them pass: what is learnt is the same."""
+    cfg, shapes, found = settings(select="all", K=6, micro=2), [], []
+    policy = run.load_policy(cfg, str(folder), CPU)[0]
+    features = policy.features
+    monkeypatch.setattr(policy, "features", lambda *a: (shapes.append(len(a[0])), features(*a))[1])
+    roll = act(policy, cfg)
+    roll.when_NC[1:4, 4:] = cfg.T  # as if they had ended in their first block
+    moves = egspo.choose_moves(roll, cfg, policy, 0, range(6))
+    live_S = moves.live_SU[:, 0]
+    assert 0 < (~live_S).sum() and not live_S.view(6, 6)[1].all()
+    for dense in (False, True):
+        shapes.clear()
+        sharded = dataclasses.replace(cfg, shard=dense)
+        logp_SU, _, guess_SC = egspo.log_probs(policy, moves, sharded, guess=True)
+        assert shapes == [2] * -(-int(36 if dense else live_S.sum()) // 2)
+        found.append((logp_SU[live_S], guess_SC[live_S]))
+    assert torch.equal(found[0][1], found[1][1]) and torch.allclose(found[0][0], found[1][0])
 
 
 def test_equal_rewards_give_no_gradient(folder):
