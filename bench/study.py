@@ -1,6 +1,7 @@
 """What does each idea contribute? Runs arms, tasks and seeds, and says what came out.
 
     python bench/study.py run exact             stability of the exact likelihood; default settings
+    python bench/study.py run early             entropy and random selection; default settings
     python bench/study.py run tune              arms at several learning rates, on another seed
     python bench/study.py run planned           the arms of the planned contrasts, each at its best
     python bench/study.py run closer            ten seeds more of those whose difference is small
@@ -54,6 +55,8 @@ SEPARATE = {  # one token a step, few selected, short: arms do not meet at the c
     "code": f"--task toycode {SHORT}",
 }
 TASKS = DEFAULTS | SEPARATE
+EARLY_ON = "--steps 6 --eval-every 1 --no-test --precision float32"  # before all arms are alike
+EARLY = "early", "early-random"
 ARMS = {  # arm of bench/arms.py, flags
     "default": "plain",
     "mu2": "plain --mu 2",
@@ -64,6 +67,8 @@ ARMS = {  # arm of bench/arms.py, flags
     "exact-all": "plain --likelihood exact --select all",
     "exact-all-mu2": "plain --likelihood exact --select all --mu 2",
     "minibatches": "plain --minibatches 4",
+    "early": f"plain --lam 0 {EARLY_ON}",
+    "early-random": f"plain --lam 0 --select random {EARLY_ON}",
     "entropy": "plain --lam 0",
     "all-2": "plain --lam 0 --select all --steps 2",  # which take more FLOPs than 6 of entropy's
     "random": "plain --lam 0 --select random",
@@ -95,6 +100,7 @@ TUNING = (100, 101)  # seeds
 GROUPS = {  # name -> tasks, arms, seeds
     "exact": (DEFAULTS, list(ARMS)[:8], (0, 1, 2)),
     "minibatches": (DEFAULTS, ["default", "minibatches"], (0, 1, 2)),
+    "early": ({"sudoku": ""}, list(EARLY), range(6)),
     "tune": (SEPARATE, TUNED, TUNING),
     "planned": (SEPARATE, PLANNED_ARMS, range(10)),
     "closer": (SEPARATE, ["entropy", "stepwise", "placebo", "exact"], range(10, 20)),
@@ -185,6 +191,7 @@ def summary(log: list[dict]) -> dict:
         spent = steps[step - 1] if step else {}
         samples, tflop = (spent.get(f"compute/{name}", 0) for name in ("samples", "tflop"))
         curve.append(dict(step=step, accuracy=m["accuracy"], samples=samples, tflop=tflop))
+    seconds = sum(m["seconds"] for split in evals.values() for m in split.values())
     (*_, last), (*_, test) = evals["val"].values(), evals["test"].values() or [None]
     return {
         "git": next(event["git"] for event in log if event["e"] == "meta"),
@@ -193,7 +200,7 @@ def summary(log: list[dict]) -> dict:
         "test": test and [test["accuracy"], test["lo"], test["hi"]],
         "kl": max(m.get("kl", 0) for m in steps.values()),
         "kl/uniform": last.get("kl/uniform"),
-        "hours": sum(m["t/total"] for m in steps.values()) / 3600,
+        "hours": (sum(m["t/total"] for m in steps.values()) + seconds) / 3600,
     }
 
 
@@ -291,16 +298,18 @@ def table(group: str) -> list[str]:
     """Every run of the group, a line each."""
     tasks, arms, _ = GROUPS[group]
     lines = [
-        "| task | arm | seed | validation, % | test, % [95 %] | largest KL | KL, uniform step |",
-        "|---|---|---|---|---|---|---|",
+        "| task | arm | seed | mean share solved, % | validation, % | test, % [95 %] | largest KL "
+        "| KL, uniform step |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     rows = [row for row in recorded() if row["task"] in tasks and row["arm"] in arms]
     rows = [row for row in rows if current(row)]
     for row in sorted(rows, key=lambda row: (row["task"], arms.index(row["arm"]), row["seed"])):
         test = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in row["test"] or [0] * 3))
         cells = (
-            row["task"], row["arm"], row["seed"], f"{100 * row['accuracy']:.1f}",
-            test if row["test"] else "", f"{row['kl']:.3f}", f"{row['kl/uniform'] or 0:.3f}",
+            row["task"], row["arm"], row["seed"], f"{100 * area(row, 'samples'):.1f}",
+            f"{100 * row['accuracy']:.1f}", test if row["test"] else "", f"{row['kl']:.3f}",
+            f"{row['kl/uniform'] or 0:.3f}",
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
@@ -321,7 +330,7 @@ def report() -> None:
     """bench/study.md and a picture for each task that has runs."""
     lines = ["# What each idea contributes", ""]
     hours = sum(row["hours"] for row in recorded())
-    lines += [f"{len(recorded())} runs, {hours:.1f} hours of one core in their steps.", ""]
+    lines += [f"{len(recorded())} runs, {hours:.1f} hours of one core.", ""]
     for task in SEPARATE:
         rows = by_arm(task)
         if not rows:
@@ -329,22 +338,11 @@ def report() -> None:
         lines += [f"## {task}: `{SEPARATE[task]}`", "", *rate_table(task), ""]
         lines += [*arm_table(rows), ""]
         found = [contrast(rows, *pair) for pair in PLANNED]
-        corrected = holm([each["p"] for each in found])
-        lines += [
-            "| planned contrast | along | pairs | difference of the mean share solved, points "
-            "[95 %] | p | Holm |",
-            "|---|---|---|---|---|---|",
-        ]
-        for each, p in zip(found, corrected):
-            mean, lo, hi = (100 * each[name] for name in ("mean", "lo", "hi"))
-            lines.append(
-                f"| {each['contrast']} | {each['along']} | {each['n']} | {mean:+.1f} "
-                f"[{lo:+.1f}, {hi:+.1f}] | {each['p']:.3f} | {p:.3f} |"
-                if each["n"]
-                else f"| {each['contrast']} | {each['along']} | 0 | not run | | |"
-            )
         picture(task, [each for each in found if each["n"] > 5])  # whose intervals have an end
-        lines += ["", f"![{task}](study-{task}.png)", ""]
+        lines += [*contrast_table(found), "", f"![{task}](study-{task}.png)", ""]
+    rows = {(row["arm"], row["seed"]): row for row in recorded() if row["arm"] in EARLY}
+    lines += ["## Default settings: the first steps", "", *table("early"), ""]
+    lines += [*contrast_table([contrast(rows, *EARLY, "samples")]), ""]
     for group in ("exact", "minibatches"):
         lines += [f"## Default settings: {group}", "", *table(group), ""]
     (HERE / "study.md").write_text("\n".join(lines))
@@ -382,6 +380,20 @@ def arm_table(rows: dict) -> list[str]:
                 f"[{100 * lo:.1f}, {100 * hi:.1f}] | {100 * end:.1f} | {samples:.0f} "
                 f"| {tflop:.1f} |"
             )
+    return lines
+
+
+def contrast_table(found: list[dict]) -> list[str]:
+    lines = [
+        "| planned contrast | along | pairs | difference of the mean share solved, points [95 %] "
+        "| p | Holm |",
+        "|---|---|---|---|---|---|",
+    ]
+    for each, corrected in zip(found, holm([each["p"] for each in found])):
+        mean, lo, hi = (100 * each[name] for name in ("mean", "lo", "hi"))
+        said = f"{mean:+.1f} [{lo:+.1f}, {hi:+.1f}] | {each['p']:.3f} | {corrected:.3f}"
+        said = said if each["n"] else "not run | |"
+        lines.append(f"| {each['contrast']} | {each['along']} | {each['n']} | {said} |")
     return lines
 
 
