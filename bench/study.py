@@ -3,6 +3,7 @@
     python bench/study.py run exact             stability of the exact likelihood; default settings
     python bench/study.py run early             entropy and random selection; default settings
     python bench/study.py run tune              arms at several learning rates, on another seed
+    python bench/study.py run rates             entropy and random at equal rates, not at their best
     python bench/study.py run planned           the arms of the planned contrasts, each at its best
     python bench/study.py run closer            ten seeds more of those whose difference is small
     python bench/study.py run rest              the other arms, ten seeds
@@ -102,6 +103,7 @@ GROUPS = {  # name -> tasks, arms, seeds
     "minibatches": (DEFAULTS, ["default", "minibatches"], (0, 1, 2)),
     "early": ({"sudoku": ""}, list(EARLY), range(6)),
     "tune": (SEPARATE, TUNED, TUNING),
+    "rates": (SEPARATE, ["entropy", "random"], range(6)),
     "planned": (SEPARATE, PLANNED_ARMS, range(10)),
     "closer": (SEPARATE, ["entropy", "stepwise", "placebo", "exact"], range(10, 20)),
     "rest": (SEPARATE, [arm for arm in STUDIED if arm not in PLANNED_ARMS], range(10)),
@@ -123,7 +125,7 @@ def wanted(args: argparse.Namespace) -> list[tuple[str, str, float, int]]:
     tasks, arms, seeds = args.tasks or tasks, args.arms or arms, args.seeds or seeds
     keys = []
     for task, seed, arm in itertools.product(tasks, seeds, arms):
-        if args.group == "tune":
+        if args.group in ("tune", "rates"):
             rates = args.rates or RATES.get(arm, USUAL_RATES)
             keys += [(task, arm, rate, seed) for rate in rates]
         else:
@@ -340,6 +342,7 @@ def report() -> None:
         found = [contrast(rows, *pair) for pair in PLANNED]
         picture(task, [each for each in found if each["n"] > 5])  # whose intervals have an end
         lines += [*contrast_table(found), "", f"![{task}](study-{task}.png)", ""]
+        lines += [*equal_rates(task), ""]
     rows = {(row["arm"], row["seed"]): row for row in recorded() if row["arm"] in EARLY}
     lines += ["## Default settings: the first steps", "", *table("early"), ""]
     lines += [*contrast_table([contrast(rows, *EARLY, "samples")]), ""]
@@ -358,6 +361,31 @@ def rate_table(task: str) -> list[str]:
         if areas := tuned(task, arm):
             tried = ", ".join(f"{rate:g}: {100 * share:.1f}" for rate, share in areas.items())
             lines.append(f"| {arm} | {tried} |")
+    return lines
+
+
+def equal_rates(task: str) -> list[str]:
+    """Entropy against random selection at one learning rate for both, whichever was best."""
+    lines = ["Entropy and random selection at equal learning rates, not planned:", ""]
+    lines += ["| learning rate | pairs | entropy, % | random, % | difference, points [95 %] | p |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for rate in USUAL_RATES:
+        rows = {
+            (row["arm"], row["seed"]): row
+            for row in recorded()
+            if row["task"] == task and row["lr"] == rate and current(row)
+        }
+        each = contrast(rows, "entropy", "random", "samples")
+        if each["n"]:
+            means = (
+                100 * numpy.mean([area(row, "samples") for (name, seed), row in rows.items()
+                                  if name == arm and (other, seed) in rows])
+                for arm, other in (("entropy", "random"), ("random", "entropy"))
+            )  # fmt: skip
+            shown = " | ".join(f"{mean:.1f}" for mean in means)
+            mean, lo, hi = (100 * each[name] for name in ("mean", "lo", "hi"))
+            said = f"{mean:+.1f} [{lo:+.1f}, {hi:+.1f}] | {each['p']:.3f}"
+            lines.append(f"| {rate:g} | {each['n']} | {shown} | {said} |")
     return lines
 
 
