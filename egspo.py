@@ -594,7 +594,7 @@ def passed(moves: Moves, cfg: Config) -> Tensor:
 
 
 def micro_batches(moves: Moves, cfg: Config) -> Iterator[Moves]:
-    """Slices of exactly `micro` of them (static shapes); fillers at the end are not live."""
+    """Slices of exactly `micro` that pass (static shapes); fillers at the end are not live."""
     for part in passed(moves, cfg).nonzero().squeeze(1).split(cfg.micro):
         mb = moves.take(torch.cat((part, part.new_zeros(cfg.micro - len(part)))))
         real = torch.arange(cfg.micro, device=part.device) < len(part)

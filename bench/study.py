@@ -2,7 +2,7 @@
 
     python bench/study.py run exact             stability of the exact likelihood; default settings
     python bench/study.py run early             entropy and random selection; default settings
-    python bench/study.py run tune              arms at several learning rates, on another seed
+    python bench/study.py run tune              arms at several learning rates, on other seeds
     python bench/study.py run rates             entropy and random at equal rates, not at their best
     python bench/study.py run planned           the arms of the planned contrasts, each at its best
     python bench/study.py run closer            ten seeds more of those whose difference is small
@@ -49,14 +49,14 @@ DEFAULTS = {  # the embedded model's, as they are
     "countdown": "--task countdown",
     "toycode": "--task toycode",
 }
-SHORT = "--T 24 --K 2 --steps 6 --eval-every 1 --no-test --precision float32"
+SHORT = "--steps 6 --eval-every 1 --no-test --precision float32"  # later all arms are alike
+FEW = f"--T 24 --K 2 {SHORT}"
 SEPARATE = {  # one token a step, few selected, short: arms do not meet at the ceiling
-    "hard": f"--task sudoku-hard {SHORT}",
-    "sums": f"--task countdown {SHORT}",
-    "code": f"--task toycode {SHORT}",
+    "hard": f"--task sudoku-hard {FEW}",
+    "sums": f"--task countdown {FEW}",
+    "code": f"--task toycode {FEW}",
 }
 TASKS = DEFAULTS | SEPARATE
-EARLY_ON = "--steps 6 --eval-every 1 --no-test --precision float32"  # before all arms are alike
 EARLY = "early", "early-random"
 ARMS = {  # arm of bench/arms.py, flags
     "default": "plain",
@@ -68,8 +68,8 @@ ARMS = {  # arm of bench/arms.py, flags
     "exact-all": "plain --likelihood exact --select all",
     "exact-all-mu2": "plain --likelihood exact --select all --mu 2",
     "minibatches": "plain --minibatches 4",
-    "early": f"plain --lam 0 {EARLY_ON}",
-    "early-random": f"plain --lam 0 --select random {EARLY_ON}",
+    "early": f"plain --lam 0 {SHORT}",
+    "early-random": f"plain --lam 0 --select random {SHORT}",
     "entropy": "plain --lam 0",
     "all-2": "plain --lam 0 --select all --steps 2",  # which take more FLOPs than 6 of entropy's
     "random": "plain --lam 0 --select random",
@@ -286,11 +286,11 @@ def contrast(rows: dict, one: str, other: str, along: str) -> dict:
         return found  # and counts in Holm's correction all the same
     pairs = [(rows[one, seed], rows[other, seed]) for seed in seeds]
     limit = min(row["curve"][-1][along] for pair in pairs for row in pair)
-    differences = numpy.array([area(a, along, limit) - area(b, along, limit) for a, b in pairs])
+    areas = numpy.array([[area(row, along, limit) for row in pair] for pair in pairs])
+    differences = areas[:, 0] - areas[:, 1]
     lo, hi = interval(differences)
-    p = sign_flip(differences)
-    found |= dict(n=len(seeds), differences=differences, mean=differences.mean())
-    return found | dict(lo=lo, hi=hi, p=p)
+    found |= dict(n=len(seeds), means=areas.mean(0), differences=differences)
+    return found | dict(mean=differences.mean(), lo=lo, hi=hi, p=sign_flip(differences))
 
 
 # ---- what came out -------------------------------------------------------------------------------
@@ -347,7 +347,9 @@ def report() -> None:
         picture(task, [each for each in found if each["n"] > 5])  # whose intervals have an end
         lines += [*contrast_table(found), "", f"![{task}](study-{task}.png)", ""]
         lines += [*equal_rates(task), ""]
-    rows = {(row["arm"], row["seed"]): row for row in recorded() if row["arm"] in EARLY}
+    rows = {
+        (row["arm"], row["seed"]): row for row in recorded() if row["arm"] in EARLY and current(row)
+    }
     lines += ["## Default settings: the first steps", "", *table("early"), ""]
     lines += [*contrast_table([contrast(rows, *EARLY, "samples")]), ""]
     for group in ("exact", "minibatches"):
@@ -358,7 +360,7 @@ def report() -> None:
 
 def rate_table(task: str) -> list[str]:
     lines = [
-        "| arm | mean share solved, %, at each learning rate tried (another seed) |",
+        "| arm | mean share solved, %, at each learning rate tried (other seeds) |",
         "|---|---|",
     ]
     for arm in TUNED:
@@ -381,15 +383,8 @@ def equal_rates(task: str) -> list[str]:
         }
         each = contrast(rows, "entropy", "random", "samples")
         if each["n"]:
-            means = (
-                100 * numpy.mean([area(row, "samples") for (name, seed), row in rows.items()
-                                  if name == arm and (other, seed) in rows])
-                for arm, other in (("entropy", "random"), ("random", "entropy"))
-            )  # fmt: skip
-            shown = " | ".join(f"{mean:.1f}" for mean in means)
-            mean, lo, hi = (100 * each[name] for name in ("mean", "lo", "hi"))
-            said = f"{mean:+.1f} [{lo:+.1f}, {hi:+.1f}] | {each['p']:.3f}"
-            lines.append(f"| {rate:g} | {each['n']} | {shown} | {said} |")
+            shown = " | ".join(f"{100 * mean:.1f}" for mean in each["means"])
+            lines.append(f"| {rate:g} | {each['n']} | {shown} | {points(each)} |")
     return lines
 
 
@@ -415,6 +410,12 @@ def arm_table(rows: dict) -> list[str]:
     return lines
 
 
+def points(each: dict) -> str:
+    """A contrast's difference with its interval, and p: two cells."""
+    mean, lo, hi = (100 * each[name] for name in ("mean", "lo", "hi"))
+    return f"{mean:+.1f} [{lo:+.1f}, {hi:+.1f}] | {each['p']:.3f}"
+
+
 def contrast_table(found: list[dict]) -> list[str]:
     lines = [
         "| planned contrast | along | pairs | difference of the mean share solved, points [95 %] "
@@ -422,9 +423,7 @@ def contrast_table(found: list[dict]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for each, corrected in zip(found, holm([each["p"] for each in found])):
-        mean, lo, hi = (100 * each[name] for name in ("mean", "lo", "hi"))
-        said = f"{mean:+.1f} [{lo:+.1f}, {hi:+.1f}] | {each['p']:.3f} | {corrected:.3f}"
-        said = said if each["n"] else "not run | |"
+        said = f"{points(each)} | {corrected:.3f}" if each["n"] else "not run | |"
         lines.append(f"| {each['contrast']} | {each['along']} | {each['n']} | {said} |")
     return lines
 
