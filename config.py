@@ -66,7 +66,9 @@ class Settings:
     lr: float = 3e-5  # learning rate after the warm-up, constant
     warmup: int = 10  # steps of linear warm-up
     mu: int = 1  # times that all moves of a rollout are learnt
-    minibatches: int = 4  # optimizer steps that share them, those of highest entropy first
+    minibatches: int = (
+        4  # optimizer steps that share them, those of highest entropy first, or drawn
+    )
     weight_decay: float = 0.1  # of AdamW
     max_grad_norm: float = 0.2  # gradients are clipped to this norm
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
@@ -130,9 +132,8 @@ class Config(Settings):
             object.__setattr__(self, "K", self.T)
         check(self.K <= self.T, "K", f"cannot select more steps than --T {self.T}")
 
-        scored = self.likelihood == "tokens" or self.order == "random"
         unknown = "the rollout does not know the exact probability of a move: --likelihood tokens"
-        check(self.cache == "none" or scored, "cache", unknown)
+        check(self.cache == "none" or not self.counts_losers, "cache", unknown)
         moves = "diffu_grpo does not score the moves that were made: take --method egspo"
         check(self.method == "egspo" or self.cache == "none", "cache", moves)
         check(self.method == "egspo" or self.likelihood == "tokens", "likelihood", moves)
@@ -166,13 +167,26 @@ class Config(Settings):
 
     @property
     def looks_back(self) -> bool:
-        """Does anything need the log-prob of a move before the first update?"""
+        """Is there a pass before the first update: for a guess, the weight of a cached move, or a
+        log-prob that updates leave behind?"""
         return self.stepwise or self.cache == "block" or self.repeats * self.updates_a_pass > 1
 
     @property
     def stepwise(self) -> bool:
         """Is a move credited against the guess at its own step (EGSPO-SA)?"""
         return self.method == "egspo" and self.lam > 0
+
+    @property
+    def counts_losers(self) -> bool:
+        """Does the likelihood of a move count the positions it did not reveal?"""
+        return self.likelihood == "exact" and self.order == "low_confidence"
+
+    @property
+    def scored(self) -> int:
+        """Positions whose logits the likelihood of a move reads."""
+        if self.method == "diffu_grpo":
+            return self.C
+        return self.block if self.counts_losers else self.C // self.T
 
 
 @dataclass(frozen=True)
@@ -340,7 +354,11 @@ def read(kind: Callable, argv: list[str], prog: str, **options):
 
 METHODS = {  # what a method's authors use otherwise
     "egspo": {},
-    "diffu_grpo": dict(lr=3e-6, mu=12, minibatches=1, eps_low=0.5, eps_high=0.5),
+    "diffu_grpo": dict(lr=3e-6, mu=12, eps_low=0.5, eps_high=0.5),
+}
+ONLY = {  # and what it alone can do, whatever a model was trained by before
+    "egspo": {},
+    "diffu_grpo": dict(minibatches=1, cache="none", likelihood="tokens"),
 }
 
 REASON = "[user]\n{prompt}\nReason step by step between <reasoning> and </reasoning> first.\n"
@@ -369,7 +387,8 @@ def model_settings(path: str, task: str, method: str) -> Settings:
     if not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{file}: settings, and those of a task, must be an object")
     settings = METHODS.get(method, {}) | LARGE.get(task, {}) | parts[0] | parts[1]
-    return configure(file, settings | dict(model=path, task=task, method=method))
+    settings |= ONLY.get(method, {}) | dict(model=path, task=task, method=method)
+    return configure(file, settings)
 
 
 def for_task(cfg: Config, task: str) -> Config:
@@ -425,9 +444,10 @@ def carry_on(cfg: Config) -> dict:
     """The defaults.json of a checkpoint of this run: its model's, with the shape it trained in and
     how it was asked."""
     own = model_defaults(cfg.model)
-    kept = "C T block order cache quantize B G K select minibatches prompt train_set weights"
+    kept = "C T block order cache quantize B G select minibatches prompt train_set weights".split()
+    kept += ["K"] * (cfg.select != "all")  # there it is T, of which another rule would take all
     by_task = own.get("by_task", {})
-    task = by_task.get(cfg.task, {}) | {name: getattr(cfg, name) for name in kept.split()}
+    task = by_task.get(cfg.task, {}) | {name: getattr(cfg, name) for name in kept}
     return own | {"task": cfg.task, "by_task": by_task | {cfg.task: task}}
 
 

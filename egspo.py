@@ -8,8 +8,8 @@ at t is "positions with when == t". Time here is generation order: t = 0 sees on
 diffusion literature counts the other way). The reward comes at the end.
 
 The gradient. grad J = sum_t E[A_t grad log pi(a_t | s_t)], A_t = r - V(s_t), for any baseline V
-that looks only at the state; no likelihood of a sequence is needed. It is exact over all steps, or
-over steps chosen whatever the trajectory; tests/test_exact.py prints what each shortcut costs.
+that looks only at the state; no likelihood of a sequence is needed. Over all steps it is exact,
+over steps fixed beforehand their part of it; tests/test_exact.py prints what a shortcut costs.
 
   act      rollout              x_i ~ softmax(logits_i / temperature), the R surest are revealed
   choose   select_steps         the K steps of highest entropy H_t (the paper's), or others
@@ -25,14 +25,15 @@ has data, prompts, rewards and settings):
 
  1. A move is scored at the sampling temperature; all that follows the logits is float32 or more.
  2. `--likelihood exact` is the probability of the whole move, the choice of positions included;
-    the product of token probabilities (`tokens`, the paper's) is exact only for random order.
- 3. The guess is read off the forward pass that gives the old log-probability of a selected move, if
-    one is needed: K wide heads per trajectory rather than T.
+    the product of token probabilities (`tokens`, the paper's) is exact only for random order, or
+    where a step reveals all that its block hides (`--block` C/T).
+ 3. The guess is read off the forward pass that gives the old log-probability of a selected move,
+    made for it where nothing else needs one: K wide heads per trajectory rather than T.
  4. The final and the one-step reward are the same function, format terms included: they cancel in
     r - r_hat where both texts earn them.
- 5. The advantage is not divided by the group's standard deviation. A slot's baseline (the group's
-    mean at its k-th selected step) mixes different times, r_hat_t stays in the return, and a row
-    that has ended counts in the mean, as its own guess.
+ 5. A slot is the k-th selected step in time; the released code's is the k-th by entropy. Either
+    way the group's mean in it mixes different times. r_hat_t stays in the return, and a row that
+    has ended counts in the mean, as its own guess.
  6. The old log-probability comes from the same function, shapes and mode as the new one: the first
     ratio is 1. There is no dropout anywhere.
  7. Padding is never attended to and positions count from the first real token, everywhere.
@@ -58,7 +59,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -163,8 +164,8 @@ def rollout(
 ) -> Rollout:
     """Complete each prompt in T denoising steps (section 3).
 
-    u_NT2J is the noise: for the draw of each position of a block, and for random order. Without it,
-    or with `greedy`, the most probable tokens.
+    u_NT2J is the noise: for the draw of each position of a block, and for random order, which
+    always needs it. Without it, or with `greedy`, the most probable tokens.
 
     With `cfg.cache` "block", only a block's first step encodes the whole sequence; the others renew
     the block and see the rest as it was then (the dual cache of Fast-dLLM, arXiv 2505.22618).
@@ -290,7 +291,7 @@ class Moves(NamedTuple):
     at_SR: Tensor  # positions in the completion
     token_SR: Tensor
     live_SU: Tensor  # False: the row had ended, or a filler
-    nth_S: Tensor  # which of the trajectory's moves by entropy: 0 the highest
+    nth_S: Tensor  # its turn to learn among the trajectory's: by entropy, 0 the highest
     drawn_SJ: Tensor | None = None  # what was drawn in its block, losers included; else the mask
     t_S: Tensor | None = None  # when it was made
     weight_SU: Tensor | None = None  # makes up for the chance that it was selected
@@ -321,7 +322,8 @@ def choose_moves(roll: Rollout, cfg: Config, policy: nn.Module, step: int, rows:
     if cfg.select != "sampled":
         return moves
     chance_NK = step_chances(roll.entropy_NT).gather(1, t_NK)
-    return moves._replace(weight_SU=1 / (cfg.T * chance_NK).view(-1, 1))
+    drawn_S = torch.arange(cfg.K, device=device).repeat(len(t_NK))  # by entropy would be a choice
+    return moves._replace(weight_SU=1 / (cfg.T * chance_NK).view(-1, 1), nth_S=drawn_S)
 
 
 def gather_moves(roll: Rollout, t_NK: Tensor, mask: int) -> Moves:
@@ -400,12 +402,7 @@ def credit(moves: Moves, reward_N: Tensor, cfg: Config) -> Moves:
 
 
 def stepwise_advantages(
-    reward_N: Tensor,
-    early_NK: Tensor | None,
-    live_NK: Tensor,
-    G: int,
-    lam: float,
-    normalise: bool = False,
+    reward_N: Tensor, early_NK: Tensor | None, live_NK: Tensor, G: int, lam: float, normalise=False
 ) -> Tensor:
     """Advantage of each selected move [N, K] (section 5).
 
@@ -439,7 +436,7 @@ def cache_weight(moves: Moves, cap: float = 2.0) -> Tensor:
 
 def minibatches(moves: Moves, cfg: Config) -> Iterator[Tensor]:
     """Which moves each optimizer step of this rollout learns: `mu` passes over all, each shared by
-    `minibatches`, those of highest entropy first."""
+    `minibatches`, those of highest entropy first (sampled: as they were drawn)."""
     order_S = moves.nth_S.argsort(stable=True)
     for _ in range(cfg.repeats):
         yield from order_S.tensor_split(cfg.updates_a_pass)
@@ -449,12 +446,12 @@ def log_probs(policy: nn.Module, moves: Moves, cfg: Config, guess: bool = False)
     """Log-prob under `policy` of each move and of its tokens, both [S, U]; with `guess` also its
     guess [S, C]. Old ones are taken with gradients on, as the update's are: without, other kernels
     run, which round otherwise, and the first ratio would not be 1."""
-    place_S = passed(moves, cfg).cumsum(0) - 1  # what did not live says what the one before it says
-    parts = [scored(policy, mb, cfg, guess) for mb in micro_batches(moves, cfg)]
-    return tuple(None if x[0] is None else torch.cat(x)[place_S] for x in zip(*parts))
+    parts = [looked_at(policy, mb, cfg, guess) for mb in micro_batches(moves, cfg)]
+    return tuple(None if x[0] is None else spread(x, moves, cfg) for x in zip(*parts))
 
 
-def scored(policy: nn.Module, mb: Moves, cfg: Config, guess: bool):
+def looked_at(policy: nn.Module, mb: Moves, cfg: Config, guess: bool):
+    """`log_probs` of one micro-batch; its graph is gone before the next."""
     h_SCD = completion_features(policy, mb)
     logp_SU, token_SU = move_logp(policy, h_SCD, mb, cfg)
     guess_SC = greedy_guess(policy, h_SCD, mb.state_SC) if guess else None
@@ -470,7 +467,7 @@ def update(policy, optimizer, moves: Moves, cfg: Config, ranks: Ranks, tally: Ta
     count = ranks.sum(moves.live_SU.sum().float())
     if count == 0:  # of all ranks: every row had ended, and old momentum is no reason to move
         return torch.ones_like(moves.adv_SU)
-    ratios, place_S = [], passed(moves, cfg).cumsum(0) - 1
+    ratios = []
     for mb in micro_batches(moves, cfg):
         logp_SU, token_SU = move_logp(policy, completion_features(policy, mb), mb, cfg)
         loss_SU, stats = clipped_loss(logp_SU, token_SU, mb, cfg)
@@ -485,15 +482,13 @@ def update(policy, optimizer, moves: Moves, cfg: Config, ranks: Ranks, tally: Ta
     optimizer.zero_grad(set_to_none=True)
     tally.add("grad_norm", norm.detach())
     tally.add("lr", optimizer.param_groups[0]["lr"])
-    return torch.cat(ratios)[place_S]
+    return spread(ratios, moves, cfg)
 
 
-FARTHEST = 10.0  # nats between two policies that count: e^10 in a ratio, finite in any precision
+FARTHEST = 10.0  # nats between two policies; beyond, a number is held there and has no gradient
 
 
-def clipped_loss(
-    logp_SU: Tensor, token_SU: Tensor, mb: Moves, cfg: Config
-) -> tuple[Tensor, dict[str, Tensor]]:
+def clipped_loss(logp_SU: Tensor, token_SU: Tensor, mb: Moves, cfg: Config) -> tuple[Tensor, dict]:
     """The surrogate of section 4 [S, U], and its statistics by name, each [S, U].
 
     [-min(ratio A, clip(ratio) A) + beta k3] / R, where ratio = exp(logp - old) and k3 is of the
@@ -518,7 +513,9 @@ def clipped_loss(
 
 
 def k3(ref: Tensor, logp: Tensor) -> Tensor:
-    """Schulman's estimate of the KL to the reference, in nats, never negative."""
+    """Schulman's estimate, in nats, never negative: over draws of the policy its mean is KL(policy,
+    reference), and its gradient that of KL(reference, policy), as in GRPO. Low-confidence moves are
+    no such draws: of them it is a penalty, and evaluation's kl/uniform the measure."""
     away = (ref - logp).clamp(max=FARTHEST)
     return away.expm1() - away  # of nearly equal ones 0, where exp would leave its rounding
 
@@ -526,14 +523,13 @@ def k3(ref: Tensor, logp: Tensor) -> Tensor:
 def move_logp(policy: nn.Module, h_SCD: Tensor, mb: Moves, cfg: Config) -> tuple[Tensor, Tensor]:
     """log pi(a_t | s_t) at the sampling temperature [S, U], of features of the completion, and the
     same of the tokens alone. Two different numbers with `exact` only."""
-    if cfg.likelihood == "exact" and cfg.order == "low_confidence":
+    if cfg.counts_losers:
         first_S1 = mb.at_SR[:, :1] // cfg.block * cfg.block
         at_SJ = first_S1 + torch.arange(cfg.block, device=first_S1.device)
         logits_SJV = logits_at(policy, pick(h_SCD, at_SJ))
         hidden_SJ = mb.state_SC.gather(1, at_SJ) == policy.config.mask_id
-        at_SR = mb.at_SR - first_S1
-        won = logits_SJV, cfg.temperature, hidden_SJ, at_SR, mb.token_SR, mb.drawn_SJ
-        logp_S, token_S = exact_logp(*won)
+        inside = mb.at_SR - first_S1, mb.token_SR, mb.drawn_SJ
+        logp_S, token_S = exact_logp(logits_SJV, cfg.temperature, hidden_SJ, *inside)
         return logp_S[:, None], token_S[:, None]
     logits_SRV = logits_at(policy, pick(h_SCD, mb.at_SR))
     logp_SRV = torch.log_softmax(logits_SRV / cfg.temperature, dim=-1)
@@ -601,17 +597,21 @@ def micro_batches(moves: Moves, cfg: Config) -> Iterator[Moves]:
         yield mb._replace(live_SU=mb.live_SU & real[:, None])
 
 
+def spread(parts: Sequence[Tensor], moves: Moves, cfg: Config) -> Tensor:
+    """What micro-batches gave, for all moves [S, ...]: one that did not pass repeats the one before
+    it, of the same trajectory but where none of its own has passed."""
+    return torch.cat(tuple(parts))[passed(moves, cfg).cumsum(0) - 1]
+
+
 # ---- evaluate ------------------------------------------------------------------------------------
 
 
-def evaluate(
-    run: Run, problems: list[data.Problem], cfg: Config, samples: int = 0
-) -> dict[str, float]:
+def evaluate(run: Run, problems: list[data.Problem], cfg: Config, samples: int = 0) -> dict:
     """Decode every problem: accuracy with its Wilson 95 % interval, rewards, and what it cost.
 
-    Greedy, or with `samples` that many draws a problem and pass@k. The ranks share the problems; a
-    last batch is filled up with repeats that do not count, so that the shapes are the rollout's and
-    every rank decodes as many batches.
+    Greedy, or with `samples` that many draws a problem and pass@k (the interval is of as many
+    problems). The ranks share the problems; a last batch is filled up with repeats that do not
+    count, so that the shapes are the rollout's and every rank decodes as many batches.
     """
     policy, ranks, n = run.policy, run.ranks, max(1, samples)
     mine, tally = problems[ranks.rank :: ranks.world], Tally()
@@ -636,7 +636,7 @@ def evaluate(
                 tally.add(f"reward/{name}", value)
         if samples:
             running.pass_at(tally, rewards, n)
-        if run.reference and cfg.beta > 0:
+        if run.reference:
             tally.add("kl/uniform", kl_of_a_step(run, roll, rows, cfg)[real])
         tally.add("tokens", roll.lengths(policy.ends)[real])
         tally.add("forwards", torch.full((len(chunk),), roll.forwards / len(asked)))

@@ -509,6 +509,16 @@ def count(net: Transformer) -> tuple[int, int]:
     return sum(map(size, parameters)), sum(size(p) for p in parameters if p.requires_grad)
 
 
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """`auto`: where the hardware multiplies it faster than float32."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
 def linears(block: Block) -> list[tuple[str, nn.Module]]:
     """The seven linear maps of a block: what LoRA adapts and quantisation shrinks."""
     return [(name, getattr(block, name)) for name in ("q", "k", "v", "out", "gate", "up", "down")]

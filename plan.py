@@ -10,9 +10,10 @@ wastes and what CUDA itself takes is not in it: "fits" leaves 8 % for them.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 import model
@@ -33,19 +34,21 @@ def step_cost(
     cfg: Config, net: nn.Module, L: int, forwards: float, S: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Passes of a row through the network and FLOPs of a step, by phase: `forwards` of the rollout,
-    S moves learnt. A backward pass counts as two, or as one where the weights are frozen."""
-    R, frozen = cfg.C // cfg.T, any(not p.requires_grad for p in net.parameters())
-    once, wide = forward_flops(net, L, R), forward_flops(net, L, R + cfg.C * cfg.stepwise)
+    S moves learnt. A backward pass counts as two, or as one where the weights are frozen; a guess
+    as if every position were hidden."""
+    frozen = any(not p.requires_grad for p in net.parameters())
     old, ref = S * cfg.looks_back, S * (cfg.beta > 0)
     learnt = cfg.repeats * S * ((2 if frozen else 3) + cfg.checkpointing)
-    if cfg.method == "diffu_grpo":
-        once = wide = forward_flops(net, L, cfg.C)
+    revealed = replace(cfg, likelihood="tokens").scored  # which the reference is asked for
     inner = L if cfg.cache == "none" else cfg.block + (L - cfg.block) * cfg.C // cfg.block / cfg.T
+    hidden = (cfg.block + cfg.C // cfg.T) / 2  # positions of the block that are drawn, in the mean
+    body, head = forward_flops(net, L, 0), forward_flops(net, 0, 1)
     passes = {"rollout": forwards, "logp": old + ref, "update": learnt}
     flops = {
-        "rollout": forwards * forward_flops(net, L, cfg.block) * inner / L,
-        "logp": old * wide + ref * once,
-        "update": learnt * once,
+        "rollout": forwards * (body * inner / L + hidden * head),
+        "logp": (old + ref) * body
+        + (old * (cfg.scored + cfg.C * cfg.stepwise) + ref * revealed) * head,
+        "update": learnt * (body + cfg.scored * head),
     }
     return passes, flops
 
@@ -87,6 +90,7 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1, device: str = "cuda") -> Plan:
     other = parameters - maps  # embedding, head, norms
     N, L, V, D, F = cfg.B * cfg.G, (cfg.P or 256) + cfg.C, c.vocab_size, c.d_model, c.d_mlp
     R, rows, share = cfg.C // cfg.T, cfg.micro * L, ranks if cfg.shard else 1
+    exact, scored = cfg.counts_losers, cfg.scored
     wide = 2 if bf16 else 4  # bytes of a number inside a block
     stream = wide if r else 4  # and between two, which is the embedding's
     stored = NF4 if cfg.quantize == "nf4" else wide
@@ -114,8 +118,6 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1, device: str = "cuda") -> Plan:
     inside, kept = block_bytes(c, r > 0, wide, stream)
     inputs = c.n_layers * rows * (stream * D if cfg.checkpointing else kept)
     backward = rows * (kept * cfg.checkpointing + 2 * wide * F + 2 * stream * D)
-    exact = cfg.likelihood == "exact" and cfg.order == "low_confidence"
-    scored = cfg.C if cfg.method == "diffu_grpo" else cfg.block if exact else R
     logits = cfg.micro * V * 4
     slab = min(2**22 if device == "cpu" else 2**24, N * cfg.block * V) * 4
     gradients = trained * 4 / share
@@ -205,8 +207,11 @@ def dry_run(cfg: Config) -> int:
         say(f"  + {moment:<10} {sum(parts.values()) / 1e9:>8.2f} GB    {told}")
     fits = [f"{gb} GB: {'fits' if p.peak < 0.92e9 * gb else 'no'}" for gb in (24, 48, 80, 141)]
     say(f"  {'peak':<12} {p.peak / 1e9:>8.2f} GB    {'   '.join(fits)}")
-    cpu = plan(cfg, bf16, ranks, "cpu").peak
-    say(f"  {'on a CPU':<12} {cpu / 1e9:>8.2f} GB    with Python, and a file while it is read")
+    here = model.use_bf16(cfg.precision, torch.device("cpu"))  # GPUs have it all
+    cpu = plan(cfg, here, ranks, "cpu").peak
+    kind = "bf16" if here else "float32"
+    told = f"in {kind}, with Python, and a file while it is read"
+    say(f"  {'on this CPU':<12} {cpu / 1e9:>8.2f} GB    {told}")
     for phase, count in p.flops.items():
         say(f"  {phase:<12} {count / 1e12:>8.1f} TFLOP")
     return 0

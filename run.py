@@ -41,6 +41,7 @@ import data
 import model
 from config import Config, Mode, bring_defaults, carry_on, for_task, model_name
 from events import EventLog, compact, git_commit, say
+from model import use_bf16
 from plan import step_cost
 
 # ---- ranks ---------------------------------------------------------------------------------------
@@ -307,16 +308,6 @@ def uniform(shape: tuple[int, ...], rows: Sequence[int], *key) -> Tensor:
 
 
 # ---- speed ---------------------------------------------------------------------------------------
-
-
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """`auto`: where the hardware multiplies it faster than float32."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    features = torch.cpu.get_capabilities()
-    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
 @functools.cache

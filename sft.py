@@ -46,7 +46,7 @@ import model
 from config import bring_defaults, checker, read
 from data import END_TOKENS, TASKS, WORDED, Problem, read_file
 from events import EventLog, compact, say
-from run import Halt, StopSignal, accelerate, sync, use_bf16
+from run import Halt, StopSignal, accelerate, sync
 
 TINY = dict(d_model=128, n_layers=7, n_heads=4, mlp_hidden_size=352)  # 1.45 M parameters
 Demonstration = tuple[str, str, str]  # task, prompt, completion
@@ -363,7 +363,7 @@ def shape_defaults(C: int) -> dict:
 def open_model(cfg: Recipe, rows: list[Demonstration]):
     """--model and its tokenizer, or a new model and a tokenizer for the rows."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bf16 = use_bf16("auto", device)
+    bf16 = model.use_bf16("auto", device)
     if cfg.model:
         dtype = torch.bfloat16 if cfg.lora_r > 0 and bf16 else torch.float32
         if cfg.adapt:

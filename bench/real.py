@@ -165,7 +165,7 @@ def learn(adapted: Path, out: Path, seed: int, flags: str) -> dict:
 def machine() -> str:
     import torch
 
-    from run import use_bf16
+    from model import use_bf16
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()

@@ -81,6 +81,21 @@ def test_a_checkpoint_carries_on_with_its_task_and_shape_and_knows_the_other_tas
     assert config.of_model(path, "countdown") == dataclasses.replace(trained, model=path)
 
 
+def test_what_a_checkpoint_was_trained_by_binds_no_other_rule_or_method(tmp_path):
+    """All steps are not K of another rule, and diffu_grpo has neither minibatches nor a cache."""
+    every = dataclasses.replace(config.of_model("tiny", "sudoku"), select="all")
+    path = write(tmp_path / "all", defaults=config.carry_on(every))
+    assert config.of_model(path) == dataclasses.replace(every, model=path)
+    by_entropy, _ = config.parse(["--model", path, "--out", "x", "--select", "entropy"])
+    assert by_entropy.K == config.of_model("tiny", "sudoku").K < by_entropy.T
+    cached = dataclasses.replace(config.of_model("tiny"), minibatches=4, cache="block")
+    path = write(tmp_path / "cached", defaults=config.carry_on(cached))
+    d1, _ = config.parse(["--model", path, "--out", "x", "--method", "diffu_grpo"])
+    assert (d1.minibatches, d1.cache) == (1, "none")
+    with pytest.raises(ValueError, match="--minibatches 2: diffu_grpo"):
+        config.parse(["--model", path, "--out", "x", "--method=diffu_grpo", "--minibatches=2"])
+
+
 @pytest.mark.parametrize("name", ["colour", "stepwise", "configure"])
 def test_an_unknown_setting_in_a_file_is_one_line_that_names_both(tmp_path, name):
     model = write(tmp_path / "model", defaults={"settings": {"lr": 0.5, name: 1}})

@@ -281,6 +281,22 @@ def test_steps_sampled_by_entropy_and_weighed_give_the_whole_gradient(policy, se
         assert error(world.truth() / world.cfg.T, estimate) < 1e-9
 
 
+@pytest.mark.parametrize("level", [0.0, 0.4])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_each_minibatch_of_sampled_steps_has_the_whole_gradient_too(seed, level, monkeypatch):
+    """Draws are shared out in the order they were made: by entropy, weights made for a draw would
+    weigh the larger of two."""
+    world = World(seed, settings(likelihood="exact"))
+    roll, moves, prob_N = sampled(world, 2, monkeypatch)
+    adv_NK = world.returns(moves, world.worth(roll.token_NC), level, 0.0)
+    parts = list(egspo.minibatches(moves, settings(K=2, minibatches=2)))
+    assert len(parts) == 2
+    for part in parts:
+        adv_N1 = adv_NK.flatten()[part][:, None]
+        estimate = world.expected(moves.take(part), adv_N1, prob_N)
+        assert error(world.truth() / world.cfg.T, estimate) < 1e-9
+
+
 @pytest.mark.parametrize("lam", [0.0, 0.5])
 def test_steps_sampled_by_entropy_keep_the_mean_of_a_group_a_baseline(lam, monkeypatch):
     world = World(0, settings(likelihood="exact", lam=lam), ends=False)
