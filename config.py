@@ -314,15 +314,15 @@ def parse(argv: list[str]) -> tuple[Config, Mode]:
     trains = not (mode.eval_only or mode.dry_run or mode.merge)
     if trains and restarted(Path(cfg.out or "nowhere")):
         mode = replace(mode, resume=True)
-    if mode.resume and cfg.task != defaults.task:
-        raise ValueError(f"--task {cfg.task}: the run in --out {cfg.out} learns {defaults.task}")
-    path = newest(cfg.model)
-    if mode.resume and path != defaults.model:
-        raise ValueError(f"--model {path}: the run in --out {cfg.out} began with {defaults.model}")
+    cfg = replace(cfg, model=newest(cfg.model))
+    for flag in ("task", "model", "lora_r", "optimizer") * mode.resume:
+        began = f"the run in --out {cfg.out} began with {getattr(defaults, flag)}"
+        checker(cfg)(getattr(cfg, flag) == getattr(defaults, flag), flag, began)
     if cfg.shard and (mode.eval_only or mode.merge):
         raise ValueError("--shard: not with --eval-only or --merge")
     writes = mode.merge or trains and not mode.resume
-    if writes and cfg.out and (Path(cfg.out) / "events.jsonl").exists():
+    log = Path(cfg.out or "nowhere") / "events.jsonl"
+    if writes and log.exists() and log.stat().st_size:  # empty: it failed before it began
         raise ValueError(f"--out {cfg.out} holds a run: continue it with --resume, or name another")
     for length in mode.lengths:
         block = min(cfg.block, length)
@@ -331,7 +331,7 @@ def parse(argv: list[str]) -> tuple[Config, Mode]:
                 f"--lengths {length}: it, and --block {cfg.block} if shorter, must be even; "
                 "a longer length must be a multiple of the block"
             )
-    return replace(cfg, model=path, out=cfg.out or run_folder(cfg.task, path, mode)), mode
+    return replace(cfg, out=cfg.out or run_folder(cfg.task, cfg.model, mode)), mode
 
 
 def read(kind: Callable, argv: list[str], prog: str, **options):

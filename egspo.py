@@ -679,11 +679,7 @@ def main() -> int:
             return plan.dry_run(cfg)
         if mode.merge:
             return running.merge(cfg)
-        ranks, start = Ranks(), 0
-        if mode.eval_only:
-            run = running.open_evaluation(cfg, ranks)
-        else:
-            run, start = running.open_run(cfg, ranks, mode.resume)
+        run, start = running.open_run(cfg, Ranks(), mode)
     except (ValueError, OSError) as error:
         return running.complain(error)
     except KeyboardInterrupt:

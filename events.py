@@ -77,9 +77,15 @@ SCHEMA = 1  # the newest version that is written and understood here
 
 
 def say(line: str, file=None) -> None:
-    """To the terminal, from the first rank only."""
+    """To the terminal, from the first rank only. A run outlives its terminal: Ctrl-C ends the `tee`
+    behind a pipe too, and may come in the middle of a line."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(line, file=file, flush=True)
+        try:
+            print(line, file=file, flush=True)
+        except OSError:  # what is written later, at the exit too, goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
+        except RuntimeError:  # of a signal, inside another print
+            pass
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -123,9 +129,9 @@ class EventLog:
 
     def write(self, e: str, durable: bool = False, **fields) -> None:
         """One event; `durable`: on disk before this returns."""
-        if self.fd is None:
-            return
         with self.lock:
+            if self.fd is None:
+                return
             head = f'{{"e":"{e}","q":{self.q},"ts":{time.time():.3f},'
             line = head + encode(fields)
             for optional in ("x0", "text", "prompt"):
@@ -166,12 +172,12 @@ class EventLog:
         """
         self.cfg, self.ranks, self.tokenizer, self.ends = cfg, ranks, tokenizer, ends
         N, sizes = cfg.B * cfg.G * ranks.world, dict(T=cfg.T, K=cfg.K, L=cfg.C, block=cfg.block)
-        self.meta(cfg, name, resume, task=cfg.task, **sizes, N=N, G=cfg.G)
         if self.fd is not None and cfg.track != "none":
             try:
                 self.tracker = tracker(cfg, resume)
             except Exception as error:  # each service has its own
                 raise ValueError(f"--track {cfg.track}: {error}") from None
+        self.meta(cfg, name, resume, task=cfg.task, **sizes, N=N, G=cfg.G)
 
     def meta(self, cfg, name: str, resume: int | None, **more) -> None:
         """The event that begins a run. cfg: settings with at least `out` and `steps`."""
@@ -334,6 +340,10 @@ class EventLog:
         if status == "crashed":
             self.write("alert", it=self.it, level="error", msg=error)
         self.write("end", status=status, it=self.it, err=error, durable=True)
+        with self.lock:
+            if self.fd is not None:
+                os.close(self.fd)  # and with it the lock on the file
+            self.fd = None
 
 
 def tracker(cfg, resume: int | None) -> Callable[[dict, int], None]:
@@ -414,8 +424,8 @@ def read(out: str | Path) -> list[dict]:
     for line in file.read_bytes().split(b"\n") if file.exists() else ():
         with contextlib.suppress(ValueError):
             event = json.loads(line)
-            if event["e"] == "meta" and event.get("resume"):
-                done = event["resume"]  # steps; what was evaluated after them still holds
+            if event["e"] == "meta":
+                done = event.get("resume") or 0  # steps; what was evaluated after them still holds
                 kept = [e for e in kept if e.get("it", -1) < done + (e["e"] == "eval")]
             kept.append(event)
     return kept

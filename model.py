@@ -26,12 +26,14 @@ import json
 import logging
 import math
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import jinja2
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -802,7 +804,18 @@ def save(net: Transformer, folder: str | Path, whole: dict[str, Tensor] | None =
         if not p.is_floating_point():
             raise ValueError(f"{folder}: {name} is quantised; only an adapter on it can be saved")
         weights[published(name, net.config.family)] = p.detach().contiguous()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for left in folder.glob("adapter_*"):  # `load` would take it for what is meant
+        left.unlink()
+    write(weights, folder / "model.safetensors")
+
+
+def write(tensors: dict[str, Tensor], file: Path) -> None:
+    """OSError where it cannot be; for whoever may read the config.json beside it."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file}: {error}") from None
+    shutil.copymode(file.with_name("config.json"), file)
 
 
 # ---- text and tokens -----------------------------------------------------------------------------
@@ -818,9 +831,14 @@ def load_tokenizer(path: str | Path):
     if adapter_rank(path):  # an adapter may come without tokenizer and config.json
         base = find_folder(adapter_base(folder))
         folder = folder if (folder / "tokenizer_config.json").is_file() else base
-    if str(read_json(base / "config.json").get("model_type")).lower() == "dream":
-        return Qwen2Tokenizer.from_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    dream = str(read_json(base / "config.json").get("model_type")).lower() == "dream"
+    try:
+        if dream:
+            return Qwen2Tokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each kind has its own
+        told = " ".join(str(error).split())
+        raise ValueError(f"{folder}: no tokenizer there that can be read: {told}") from None
 
 
 def chat_ids(
@@ -830,9 +848,12 @@ def chat_ids(
     system message, and with the beginning of the answer, where there are any."""
     first = [{"role": "system", "content": system}] if system else []
     chats = [[*first, {"role": "user", "content": prompt}] for prompt in prompts]
-    texts = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, tokenize=False, enable_thinking=False
-    )  # Qwen3's template begins the answer with an empty thought; others ignore the last word
+    try:
+        texts = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=False, enable_thinking=False
+        )  # Qwen3's template begins the answer with an empty thought; others ignore the last word
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template of {tokenizer.name_or_path}: {error}") from None
     return tokenizer([text + answer for text in texts], add_special_tokens=False)["input_ids"]
 
 
@@ -1034,7 +1055,7 @@ def save_lora(net: Transformer, folder: Path) -> None:
     for name, lora in loras.items():
         tensors[f"{PREFIX}{published(name, family)}.lora_A.weight"] = lora.lora_A.detach()
         tensors[f"{PREFIX}{published(name, family)}.lora_B.weight"] = lora.lora_B.detach()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write(tensors, folder / "adapter_model.safetensors")
     source, revision = net.origin
     one, places = next(iter(loras.values())), sorted(published(name, family) for name in loras)
     excluded = None if "unembed" in loras else [published("unembed", family)]

@@ -12,10 +12,12 @@ import copy
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import shlex
 import shutil
@@ -55,7 +57,10 @@ class Ranks:
         cuda = torch.cuda.is_available()
         self.device = torch.device("cpu")
         if cuda:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local >= there:
+                raise ValueError(f"--nproc-per-node: more than the {there} GPUs of this machine")
+            self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         if self.world > 1:
             # a long save, download or reward is no failure; a rank that ends is noticed at once
@@ -72,11 +77,6 @@ class Ranks:
             x = x.clone()
             dist.all_reduce(x)
         return x
-
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        if self.world > 1:
-            dist.barrier()
 
     def gather(self, x) -> list:
         if self.world == 1:
@@ -235,9 +235,11 @@ def leave(code: int) -> int:
 
 
 def last_words(kind: type, error: BaseException, trace) -> None:
-    """The traceback of one of several ranks, unless another has ended and said why; and its end."""
-    if "gloo" not in str(error) and not isinstance(error, dist.DistError):
-        sys.__excepthook__(kind, error, trace)
+    """The traceback of one of several ranks, or a line where a collective failed: mostly because
+    another has ended and said why; and its end."""
+    if "third_party/gloo" in str(error) or isinstance(error, dist.DistError):
+        complain(f"lost the other ranks: {' '.join(str(error).split())}", 1)
+    sys.__excepthook__(kind, error, trace)
     leave(1)
 
 
@@ -269,8 +271,7 @@ def progress(iterable, what: str, ranks: Ranks):
     """A bar for what takes longer than two seconds, on a terminal."""
     from tqdm import tqdm
 
-    quiet = ranks.rank > 0 or not sys.stderr.isatty()
-    return tqdm(iterable, what, disable=quiet, delay=2, leave=False)
+    return tqdm(iterable, what, disable=ranks.rank > 0 or None, delay=2, leave=False)
 
 
 # ---- what a step draws ---------------------------------------------------------------------------
@@ -454,6 +455,8 @@ def making(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--out {folder}: cannot write there; name another folder")
     try:
         yield
     except BaseException:
@@ -463,23 +466,30 @@ def making(folder: Path) -> Iterator[None]:
         raise
 
 
-def open_run(cfg: Config, ranks: Ranks, resume: bool) -> tuple[Run, int]:
+def open_run(cfg: Config, ranks: Ranks, mode: Mode) -> tuple[Run, int]:
     """Load everything and say what was chosen. Returns the run and the step it starts from."""
     # the first rank's: clocks differ, and so may what a link on a network's disk points at
     out, path = ranks.gather((cfg.out, cfg.model))[0]
     cfg = replace(cfg, out=out, model=path)
     with making(Path(cfg.out)), enough_memory(cfg, ValueError):
-        return load_run(cfg, ranks, resume)
+        if mode.eval_only:
+            return open_evaluation(cfg, ranks), 0
+        return load_run(cfg, ranks, mode.resume)
 
 
 def load_run(cfg: Config, ranks: Ranks, resume: bool) -> tuple[Run, int]:
     out, checkpoint, log = Path(cfg.out), None, None
     if cfg.shard and ranks.world == 1:
         raise ValueError("--shard: one rank has nothing to share; start with torchrun")
+    if cfg.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("--optimizer adamw8bit: needs bitsandbytes (pip install bitsandbytes)")
     if resume:
         log = EventLog(cfg.out, ranks.rank)  # first of all: is nobody else writing it?
-        latest = out / "checkpoints" / "latest"
-        checkpoint = ranks.gather(latest.resolve() if latest.exists() else None)[0]
+        latest, saved = out / "checkpoints" / "latest", checkpoints(out / "checkpoints")
+        newest = latest.resolve() if latest.exists() else saved[-1] if saved else None
+        checkpoint = ranks.gather(newest)[0]
+        if not all(ranks.gather(checkpoint is None or checkpoint.exists())):
+            raise ValueError(f"--out {out}: not one folder for all ranks, some lack {checkpoint}")
         if checkpoint and (checkpoint / "sharded").exists() != cfg.shard:
             flag = "--no-shard" if cfg.shard else "--shard"
             raise ValueError(f"--resume: {checkpoint} was written with {flag}: add that flag")
@@ -498,8 +508,6 @@ def load_run(cfg: Config, ranks: Ranks, resume: bool) -> tuple[Run, int]:
     optimizer, start, compute = make_optimizer(policy, cfg), 0, {}
     if checkpoint:
         start, compute = restore(cfg, policy, optimizer, checkpoint, ranks)
-    if len({*(starts := ranks.gather(start))}) > 1:
-        raise ValueError(f"--out {out}: not one folder for all ranks, they resume after {starts}")
     accelerate(policy, bf16, cfg.compile)
     log = log or EventLog(cfg.out, ranks.rank)
     if ranks.rank == 0:
@@ -630,26 +638,15 @@ def introduce(cfg: Config, policy: model.Transformer, ranks: Ranks, start: int) 
 
 def describe(cfg: Config, out: Path) -> None:
     """What a reader needs to repeat the run: settings, source and versions."""
-    temporary = out / ".config.json"
-    temporary.write_text(json.dumps(asdict(cfg), indent=2) + "\n")
-    sync(temporary)
-    os.replace(temporary, out / "config.json")  # the old one or the new one, whenever we are killed
+    put(out / "config.json", json.dumps(asdict(cfg), indent=2))
     (out / "source").mkdir(exist_ok=True)
     for file in Path(__file__).resolve().parent.glob("*.py"):
         shutil.copy(file, out / "source")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    names = ("torch", "transformers", "tokenizers", "safetensors", "tyro", "bitsandbytes")
-    versions = [f"{name} {version(name)}" for name in names]
+    versions = sorted(f"{d.name} {d.version}" for d in importlib.metadata.distributions())
     lines = [f"python {platform.python_version()}", *versions, f"gpu {gpu}", f"git {git_commit()}"]
     lines.append(f"torchrun {os.environ.get('TORCHELASTIC_RUN_ID', 'none')}")  # config.restarted
     (out / "source" / "env.txt").write_text("\n".join(lines) + "\n")
-
-
-def version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
 
 
 # ---- between two steps ---------------------------------------------------------------------------
@@ -684,8 +681,6 @@ def save_checkpoint(run: Run, step: int) -> None:
     cfg, first = run.cfg, run.ranks.rank == 0
     if not first and not cfg.shard:
         return
-    from safetensors import SafetensorError
-
     folder = Path(cfg.out) / "checkpoints"
     temporary, final = folder / ".writing", folder / f"step-{step}"
     try:
@@ -709,7 +704,7 @@ def save_checkpoint(run: Run, step: int) -> None:
         temporary.rename(final)
         link(folder / "latest", final.name)
         prune(folder, cfg.keep)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise Halt(f"cannot write the checkpoint {final}: {error}") from None
     run.log.write("ckpt", it=step, path=str(final), durable=True)
@@ -719,7 +714,7 @@ def restore(
     cfg: Config, policy: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path, ranks: Ranks
 ) -> tuple[int, dict[str, float]]:
     """The optimizer as it was; returns the steps that were done, and what they took."""
-    state = torch.load(checkpoint / "trainer.pt", map_location=ranks.device, weights_only=True)
+    state = read_state(checkpoint / "trainer.pt", ranks.device)
     if state["step"] > cfg.steps:
         raise ValueError(f"--steps {cfg.steps}: the run in {cfg.out} has done {state['step']}")
     if cfg.shard:
@@ -727,6 +722,14 @@ def restore(
     else:
         optimizer.load_state_dict(state["optimizer"])
     return state["step"], state.get("compute", {})
+
+
+def read_state(file: Path, device: torch.device | str, mmap: bool = False) -> dict:
+    """What torch.save wrote there; ValueError names a file that is damaged."""
+    try:
+        return torch.load(file, map_location=device, weights_only=True, mmap=mmap)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        raise ValueError(f"{file} is damaged or cut short") from None
 
 
 def save_shards(run: Run, folder: Path) -> dict[str, Tensor]:
@@ -737,7 +740,7 @@ def save_shards(run: Run, folder: Path) -> dict[str, Tensor]:
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-    run.ranks.wait()  # for the first rank to make room
+    dist.barrier()  # for the first rank to make room
     run.policy.reshard()  # after a forward pass the root's weights are still gathered
     try:
         state = get_optimizer_state_dict(run.policy, run.optimizer)
@@ -758,13 +761,18 @@ def load_shards(policy: nn.Module, optimizer: torch.optim.Optimizer, folder: Pat
     state_dict.set_optimizer_state_dict(policy, optimizer, state)
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Oldest first; a copy that somebody made beside them is none."""
+    saved = (path for path in folder.glob("step-*") if path.name[5:].isdecimal())
+    return sorted(saved, key=lambda path: int(path.name[5:]))
+
+
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one."""
-    saved = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    """Remove all but the newest `keep` checkpoints and the best one, or as much as can be."""
     best = (folder / "best").resolve().name
-    for old in saved[:-keep]:
+    for old in checkpoints(folder)[:-keep]:
         if old.name != best:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def note_validation(run: Run, step: int, told: dict[str, dict]) -> None:
@@ -776,9 +784,17 @@ def note_validation(run: Run, step: int, told: dict[str, dict]) -> None:
     best = folder / "best" / "validation.json"
     record = json.loads(best.read_text())["accuracy"] if best.exists() else -1
     note = {"step": step, "split": "val", **m, "also": {task: told[task] for task in run.others}}
-    (folder / f"step-{step}" / "validation.json").write_text(json.dumps(compact(note)) + "\n")
+    put(folder / f"step-{step}" / "validation.json", json.dumps(compact(note)))
     if compact(m["accuracy"]) > record:  # which was rounded so
         link(folder / "best", f"step-{step}")
+
+
+def put(file: Path, text: str) -> None:
+    """Write a small file: the old one or the new one is there, whenever we are killed."""
+    temporary = file.with_name(f".{file.name}")
+    temporary.write_text(text + "\n")
+    sync(temporary)
+    os.replace(temporary, file)
 
 
 def sync(path: Path) -> None:
@@ -810,20 +826,25 @@ def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
 def evaluate_only(run: Run, mode: Mode, evaluate: Callable) -> None:
     """The test split by `egspo.evaluate`, once for each length: a table on the terminal, and a file
     in --out (by default beside the weights)."""
-    cfg, results = run.cfg, []
-    introduce_evaluation(run, mode.samples)
-    with enough_memory(cfg, SystemExit):
-        for length in mode.lengths or (cfg.C,):
-            shape = (
-                dict(C=length, T=length // 2, block=min(cfg.block, length)) if mode.lengths else {}
-            )
+    cfg, n, results, before = run.cfg, mode.samples, [], Path(run.cfg.model) / "validation.json"
+    if before.exists():
+        m = model.read_json(before)
+        say(f"{cfg.model}: validation accuracy {m['accuracy']} after {m['step']} steps")
+    how = f"{n} samples each" if n else "greedy"
+    say(f"{len(run.test_set)} test problems of {cfg.task}, {how}")
+    say(EVALUATED)
+    with enough_memory(cfg, lambda told: SystemExit(complain(told, 1))):
+        for length in mode.lengths or (0,):
+            shape = dict(C=length, T=length // 2, block=min(cfg.block, length)) if length else {}
             at_length = replace(cfg, **shape, K=1, minibatches=1)
-            m = evaluate(run, run.test_set, at_length, mode.samples)
+            m = evaluate(run, run.test_set, at_length, n)
             say_evaluation(at_length, m)
-            results.append(
-                {"task": cfg.task, "split": "test", "length": length, "T": at_length.T, **m}
-            )
-    write_evaluation(run, mode.samples, results)
+            what = {"task": cfg.task, "split": "test", "length": at_length.C, "T": at_length.T}
+            results.append(what | m)
+    if run.ranks.rank == 0:
+        file = Path(cfg.out) / f"test-{cfg.task}{'-samples' * bool(n)}.json"
+        put(file, json.dumps(compact(results), indent=1))
+        say(f"written: {file}")
 
 
 def pass_at(tally: Tally, rewards: list[data.Reward], n: int) -> None:
@@ -832,16 +853,6 @@ def pass_at(tally: Tally, rewards: list[data.Reward], n: int) -> None:
         wrong = sum(not reward.correct for reward in rewards[i : i + n])
         for k in sorted({k for k in (1, 2, 5, 10, 20, 50, 100, n) if k <= n}):
             tally.add(f"pass@{k}", 1 - math.comb(wrong, k) / math.comb(n, k))
-
-
-def introduce_evaluation(run: Run, samples: int) -> None:
-    cfg, validation = run.cfg, Path(run.cfg.model) / "validation.json"
-    if validation.exists():
-        m = json.loads(validation.read_text())
-        say(f"{cfg.model}: validation accuracy {m['accuracy']} after {m['step']} steps")
-    how = f"{samples} samples each" if samples else "greedy"
-    say(f"{len(run.test_set)} test problems of {cfg.task}, {how}")
-    say(EVALUATED)
 
 
 def say_evaluation(cfg: Config, m: dict[str, float]) -> None:
@@ -855,14 +866,6 @@ def say_evaluation(cfg: Config, m: dict[str, float]) -> None:
         say(f"        {name} {m[name]:.3f}")
 
 
-def write_evaluation(run: Run, samples: int, results: list[dict]) -> None:
-    if run.ranks.rank == 0:
-        file = Path(run.cfg.out) / f"test-{run.cfg.task}{'-samples' * bool(samples)}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(compact(results), indent=1) + "\n")
-        say(f"written: {file}")
-
-
 def merge(cfg: Config) -> int:
     """Fold the adapter of --model into full weights, a model folder of its own in --out: float32,
     or bf16 with --precision bf16. On the CPU, whose memory holds the whole. What was trained over
@@ -871,6 +874,8 @@ def merge(cfg: Config) -> int:
         return 0
     if not model.adapter_rank(cfg.model):
         raise ValueError(f"--merge: {cfg.model} has no adapter")
+    if any(Path(cfg.out).glob("*.safetensors")):
+        raise ValueError(f"--out {cfg.out}: holds a model; name another folder")
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     policy = model.load(cfg.model, "cpu", dtype)
     model.merge_lora(policy)

@@ -46,7 +46,7 @@ import model
 from config import bring_defaults, checker, read
 from data import END_TOKENS, TASKS, WORDED, Problem, read_file
 from events import EventLog, compact, say
-from run import Halt, StopSignal, accelerate, sync
+from run import Halt, StopSignal, accelerate, read_state, sync
 
 TINY = dict(d_model=128, n_layers=7, n_heads=4, mlp_hidden_size=352)  # 1.45 M parameters
 Demonstration = tuple[str, str, str]  # task, prompt, completion
@@ -531,9 +531,9 @@ def checkpoint_of(cfg: Recipe) -> dict | None:
         return None
     if not file.exists():
         raise ValueError(f"--resume: no {file}, so there is nothing to go on with")
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    state = read_state(file, "cpu", mmap=True)
     for name, began in state["recipe"].items():
-        now = getattr(cfg, name)
+        now = getattr(cfg, name, "no setting")
         if name not in FREE and now != began:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} {now}: the run in --out {cfg.out} began with {began}")
@@ -582,12 +582,17 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"sft: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     try:
         train(cfg, session)
     except Halt as halt:
         session.log.end("stopped" if halt.code > 2 else "crashed", str(halt))
         print(f"sft: {halt}", file=sys.stderr)
         return halt.code
+    except BaseException as error:
+        session.log.end("crashed", repr(error))
+        raise
     session.log.end("finished")
     return 0
 

@@ -77,7 +77,7 @@ def test_training_evaluating_saving_and_resuming_mix_no_devices_and_seldom_wait(
         with pretending() as watched.waits:
             ranks = running.Ranks()
             ranks.device = DEVICE
-            the_run, start = running.open_run(cfg, ranks, resume)
+            the_run, start = running.open_run(cfg, ranks, config.Mode(resume=resume))
             assert start == 2 * resume
             assert {p.device for p in the_run.policy.parameters()} == {DEVICE}
             egspo.train(the_run, start)
@@ -175,7 +175,7 @@ def test_a_run_compiles_its_uses_once_and_scores_with_the_graph_of_the_update(
         inner = getattr(egspo, name)
         told = lambda *args, inner=inner, **more: (inner(*args, **more), at.append(len(graphs)))[0]
         monkeypatch.setattr(egspo, name, told)
-    the_run, start = running.open_run(cfg, running.Ranks(), False)
+    the_run, start = running.open_run(cfg, running.Ranks(), config.Mode())
     egspo.train(the_run, start)
     the_run.log.end("finished")
     assert len(graphs) == at[cfg.beta > 0] == count, (at, graphs)

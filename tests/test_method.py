@@ -73,7 +73,7 @@ def opened(cfg, out: Path, monkeypatch):
     """A run in this process."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     cfg = dataclasses.replace(cfg, out=str(out), eval_n=2, eval_every=100, test=False)
-    the_run, _ = run.open_run(cfg, run.Ranks(), resume=False)
+    the_run, _ = run.open_run(cfg, run.Ranks(), config.Mode())
     yield the_run
     the_run.log.end("finished")
 
@@ -618,7 +618,9 @@ def test_metrics_are_shown_in_the_same_run_of_a_service_before_and_after_a_resum
     with opened(cfg, tmp_path / "run", monkeypatch) as the_run:
         egspo.train(the_run, 0)
     the_run.log.fd = os.close(the_run.log.fd)  # its lock is the process's
-    again, start = run.open_run(dataclasses.replace(the_run.cfg, steps=3), the_run.ranks, True)
+    again, start = run.open_run(
+        dataclasses.replace(the_run.cfg, steps=3), the_run.ranks, config.Mode(resume=True)
+    )
     egspo.train(again, start)
     logged = [(e["it"], e["m"]) for e in events(tmp_path / "run") if e["e"] == "step"]
     assert [it for it, _ in logged] == [0, 1, 2]
@@ -646,7 +648,7 @@ def test_a_service_that_fails_is_said_once_and_stops_nothing(toy, tmp_path, monk
     assert capsys.readouterr().out.count("--track wandb failed and gets no more: no route") == 1
     fake.init = fail
     with pytest.raises(ValueError, match="--track wandb: no route to host"):
-        run.open_run(dataclasses.replace(cfg, out=str(tmp_path / "b")), run.Ranks(), False)
+        run.open_run(dataclasses.replace(cfg, out=str(tmp_path / "b")), run.Ranks(), config.Mode())
 
 
 def test_a_service_that_is_not_installed_is_named(monkeypatch):

@@ -13,6 +13,7 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 import model
+from toy import toy_model
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -623,6 +624,38 @@ def test_an_adapter_made_by_peft_loads_with_the_same_outputs_and_back(case, tmp_
     model.merge_lora(net)
     model.save(net, tmp_path / "merged")
     assert (twin_of(tmp_path / "merged")(some_ids()) - expected).abs().max() < 1e-4
+
+
+def test_full_weights_written_where_an_adapter_was_are_what_is_read(tmp_path):
+    folder = toy_model(tmp_path / "base")
+    net = model.load(folder, "cpu")
+    model.add_lora(net, 2, 2)
+    model.save(net, tmp_path / "out")
+    assert model.adapter_rank(tmp_path / "out") == 2
+    model.save(model.load(folder, "cpu"), tmp_path / "out")
+    again = model.load(tmp_path / "out", "cpu")
+    assert not model.adapters(again) and not model.adapter_rank(tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    assert file.stat().st_mode == file.with_name("config.json").stat().st_mode  # not ours alone
+
+
+@pytest.mark.parametrize("content", ["{}", "no json", None])
+def test_a_tokenizer_that_cannot_be_read_is_one_line_that_names_its_folder(tmp_path, content):
+    folder = toy_model(tmp_path / "toy")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    if content:
+        (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError) as caught:
+        model.load_tokenizer(folder)
+    assert str(caught.value).startswith(f"{folder}: no tokenizer") and "\n" not in str(caught.value)
+
+
+def test_a_chat_template_that_refuses_is_one_line(tmp_path):
+    tokenizer = model.load_tokenizer(toy_model(tmp_path / "toy"))
+    tokenizer.chat_template = "{{ raise_exception('no system message') }}"
+    with pytest.raises(ValueError, match="the chat template of .*toy: no system message"):
+        model.chat_ids(["?"], tokenizer, system="Be brief.")
 
 
 def test_a_bad_adapter_is_one_clear_line(tmp_path):

@@ -104,7 +104,7 @@ sys.path[:0] = [{str(REPO / "tests")!r}, {str(REPO)!r}]
 import torch.distributed as dist
 import egspo, letters
 running, rank, fault = egspo.running, int(os.environ["RANK"]), os.environ["FAULT"]
-init, between, restore = dist.init_process_group, running.between_steps, running.restore
+init, between = dist.init_process_group, running.between_steps
 
 def patient(*args, timeout, **more):
     assert timeout >= datetime.timedelta(hours=1)
@@ -125,7 +125,8 @@ if fault == "old link" and rank == 1:
     old = lambda path, *a: path.parent / "step-2" if path.name == "latest" else resolve(path, *a)
     running.Path.resolve = old
 if fault == "other folder" and rank == 1:
-    running.restore = lambda *args: (restore(*args)[0] - 1, {{}})
+    exists = running.Path.exists
+    running.Path.exists = lambda path: path.name != "step-4" and exists(path)
 sys.exit(egspo.main())
 """
 
@@ -140,14 +141,15 @@ def alone(tmp_path):
     "fault, told",
     [("halts", "cannot write the checkpoint"), ("raises", "ValueError: rank 1 alone")],
 )
-def test_a_rank_that_fails_alone_ends_at_once_and_the_others_say_nothing(
+def test_a_rank_that_fails_alone_ends_at_once_and_the_others_say_that_they_lost_it(
     toy, tmp_path, alone, fault, told
 ):
     words = ["--model", toy, *SMALL, "--out", tmp_path / "out", "--steps", 6, "--B", 1]
     done = [rank.wait() for rank in start_ranks(*words, ranks=2, script=alone, FAULT=fault)]
     assert [one.returncode for one in done] == [1, 1]
-    failed = done[fault == "raises"]
-    assert told in failed.stderr and "Traceback" not in done[fault != "raises"].stderr
+    failed, other = done[fault == "raises"], done[fault != "raises"]
+    assert told in failed.stderr
+    assert "lost the other ranks" in other.stderr and other.stderr.count("\n") == 1
     assert ("Traceback" in failed.stderr) == (fault == "raises")
 
 
@@ -158,7 +160,7 @@ def test_ranks_resume_what_the_first_one_finds_and_from_the_same_step(toy, tmp_p
     train(toy, out, *words[2:], "--steps", 4, ranks=2)
     again = ["--out", out, "--resume", "--steps", 6]
     done = run(*again, ranks=2, script=alone, FAULT="other folder")
-    assert done.returncode == 2 and "they resume after [4, 3]" in done.stderr
+    assert done.returncode == 2 and "not one folder for all ranks" in done.stderr
     done = run(*again, ranks=2, script=alone, FAULT="old link")
     assert done.returncode == 0, done.stderr
     assert same(weights(tmp_path / "whole"), weights(out))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,55 @@ def test_a_signal_saves_and_says_so_in_its_exit_code(toy, whole, tmp_path, numbe
     assert same(weights(whole), weights(out))
 
 
+def test_ctrl_c_that_ends_the_tee_behind_a_pipe_too_saves_all_the_same(toy, whole, tmp_path):
+    out = tmp_path / "piped"
+    process = Forked(LETTERS, ["--model", toy, *SMALL, "--out", out, "--steps", 6])
+    for line in process.stdout:
+        if line.startswith("step    2"):
+            break
+    process.stdout.close()
+    os.kill(process.pid, signal.SIGINT)
+    process.process.join()
+    process.timer.cancel()
+    assert process.process.exitcode == 130 and events(out)[-1]["status"] == "stopped"
+    train(toy, out, "--steps", 6, "--resume")
+    assert same(weights(whole), weights(out))
+
+
+def test_a_resume_needs_no_link_and_minds_neither_copies_nor_a_file_that_cannot_go(
+    toy, whole, tmp_path
+):
+    out = tmp_path / "copied"
+    train(toy, out, "--steps", 4, "--save-every", 1, "--keep", 2)
+    folder = out / "checkpoints"
+    (folder / "latest").unlink()
+    shutil.copytree(folder / "step-4", folder / "step-4-copy")
+    train(toy, out, "--steps", 6, "--save-every", 1, "--keep", 2, "--resume")
+    assert events(out)[-1]["status"] == "finished" and same(weights(whole), weights(out))
+    assert {"step-5", "step-6", "step-4-copy"} <= {path.name for path in folder.iterdir()}
+    assert [e["resume"] for e in events(out) if e["e"] == "meta"] == [None, 4]
+
+
+def test_steps_are_read_once_where_a_run_began_again_before_its_first_checkpoint(tmp_path):
+    lines = [dict(e="meta", q=0), dict(e="step", q=1, it=0), dict(e="step", q=2, it=1)]
+    lines += [dict(e="meta", q=3, resume=0), dict(e="step", q=4, it=0)]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [e["q"] for e in finished(tmp_path) if e["e"] == "step"] == [4]
+
+
+def test_a_damaged_optimizer_state_and_one_of_another_kind_are_named(toy, tmp_path):
+    out = tmp_path / "damaged"
+    train(toy, out, "--steps", 2)
+    for words in (["--optimizer", "adamw8bit"], ["--lora-r", "4"]):
+        done = run("--out", out, "--resume", *words)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert f"{' '.join(words)}: the run in --out {out} began with" in done.stderr
+    file = (out / "checkpoints" / "latest").resolve() / "trainer.pt"
+    os.truncate(file, file.stat().st_size // 2)
+    done = run("--out", out, "--resume")
+    assert done.returncode == 2 and done.stderr == f"egspo: {file} is damaged or cut short\n"
+
+
 def test_resuming_a_finished_run_changes_nothing_and_steps_already_done_are_refused(whole):
     before = weights(whole), trainer(whole)
     done = run("--out", whole, "--resume")
@@ -302,6 +352,7 @@ BAD = [
     (["--resume", "--out", "/nowhere/run"], "/nowhere/run"),
     (["--data-dir", "/nowhere/data", "--task", "gsm8k"], "/nowhere/data"),
     (["--out", "/proc/run"], "/proc/run"),
+    (["--out", "/proc/run", "--eval-only"], "/proc/run"),
     (["--P", "3"], "--P 3"),
     (["--quantize", "nf4", "--lora-r", "0"], "--quantize"),
     (["extra"], "extra"),
@@ -354,6 +405,10 @@ def test_an_adapter_run_resumes_exactly_is_a_model_and_merges(toy, tmp_path):
     assert plan.shapes(cfg)[1] == toy  # whose files are what is read
     done = run("--model", checkpoint, "--merge", "--out", tmp_path / "full")
     assert done.returncode == 0, done.stderr
+    before = (tmp_path / "full" / "model.safetensors").read_bytes()
+    done = run("--model", checkpoint, "--merge", "--out", tmp_path / "full")
+    assert done.returncode == 2 and "holds a model" in done.stderr  # it may be the base
+    assert (tmp_path / "full" / "model.safetensors").read_bytes() == before
     scores = []
     for path in (checkpoint, tmp_path / "full"):
         out = tmp_path / "scores"
