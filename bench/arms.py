@@ -6,6 +6,7 @@
     lowest    the K steps of lowest entropy learn, instead of highest
     joint     steps are ranked by the summed entropy of all hidden positions of their block, the
               paper's bound read literally, instead of by that of the revealed ones
+    half      steps are selected among the more uncertain half of those of a trajectory
     placebo   the rewards of the guesses are shuffled within their group and slot
 
 It also knows tasks that separate better than the embedded ones: `sudoku-hard`, puzzles of 9 to 11
@@ -33,6 +34,18 @@ def lowest() -> None:
         return select(torch.where(entropy_NT > -torch.inf, -entropy_NT, entropy_NT), K, how, u_NT)
 
     egspo.select_steps = reversed_
+
+
+def uncertain_half(entropy_NT: torch.Tensor) -> torch.Tensor:
+    """The entropies [N, T], -inf also at the less uncertain half of a row's live steps."""
+    live_N1 = (entropy_NT > -torch.inf).sum(1, keepdim=True)
+    rank_NT = entropy_NT.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return torch.where(2 * rank_NT < live_N1, entropy_NT, -torch.inf)
+
+
+def half() -> None:
+    select = egspo.select_steps
+    egspo.select_steps = lambda entropy_NT, *more: select(uncertain_half(entropy_NT), *more)
 
 
 def joint() -> None:
@@ -71,7 +84,9 @@ def placebo() -> None:
     egspo.early_rewards = shuffled
 
 
-ARMS = {"plain": lambda: None, "lowest": lowest, "joint": joint, "placebo": placebo}
+ARMS = {
+    "plain": lambda: None, "lowest": lowest, "half": half, "joint": joint, "placebo": placebo,
+}  # fmt: skip
 
 # ---- tasks ---------------------------------------------------------------------------------------
 

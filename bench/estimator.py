@@ -10,10 +10,13 @@ gradient  Every arm's gradient of the same batches of 128 trajectories, against 
           learning rate mends. `signal`: the squared length of the arm's mean gradient over the
           variance of one batch's, times how many batches of the arm cost as much as one of the
           reference. Products are taken between different batches, so that noise cancels; intervals
-          are 95 % by bootstrap over batches.
+          are 95 % by bootstrap over batches. After an interruption, or with more --batches, it
+          goes on from what --sketches holds.
 value     The reward of the greedy one-step guess at a state against the mean reward of sampled
-          completions from it, by denoising step: mean of both, and their correlation over states.
-          A trajectory is continued by keeping its noise up to there and drawing the rest anew.
+          completions from it, by denoising step: mean of both, how many states are distinct, and
+          the correlation over all, and over those of a problem alone (each less its problem's
+          mean), which is what a group's baseline leaves. A trajectory is continued by keeping its
+          noise up to there and drawing the rest anew.
 gate      The deviation of the guesses' rewards within a group at the selected steps, as a share of
           that of the rewards. Below a half, stepwise advantages say next to nothing there.
 entropy   A picture of a run's log: where entropy lies and which steps learn, over training.
@@ -30,13 +33,13 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import arms  # noqa: F401  its tasks
+import arms
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -49,6 +52,7 @@ import run as running
 from config import of_model
 from model import texts
 
+HALF = "random of half"  # random selection among the more uncertain half of the steps
 ARMS = {  # changes of the settings
     "exact, all": dict(select="all", likelihood="exact"),
     "exact, entropy": dict(likelihood="exact"),
@@ -56,6 +60,7 @@ ARMS = {  # changes of the settings
     "entropy": dict(),
     "uniform": dict(select="uniform"),
     "random": dict(select="random"),
+    HALF: dict(select="random"),
     "sampled": dict(select="sampled"),
     "stepwise": dict(lam=0.5),
 }
@@ -115,17 +120,19 @@ class Sketcher:
             p.grad = None
 
 
-def gradients(run: running.Run, batches: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+def gradients(run: running.Run, batches: int, file: Path) -> tuple[dict, dict]:
     """Of each arm the sketches [batches, 2^14] and the FLOPs of a batch; all of one rollout."""
     policy, sketcher = run.policy, Sketcher(run.policy)
-    sketches: dict[str, list] = {arm: [] for arm in ARMS}
-    flops = {}
-    for step in tqdm(range(batches), "batches"):
+    kept = torch.load(file) if file.exists() else {"cfg": asdict(run.cfg), "flops": {}}
+    if kept["cfg"] != asdict(run.cfg):
+        sys.exit(f"--sketches {file}: of other settings; remove it, or name another file")
+    flops, sketches = kept["flops"], kept.setdefault("sketches", {arm: [] for arm in ARMS})
+    for step in tqdm(range(len(sketches[REFERENCE]), batches), "batches"):
         asked, roll, rewards = trajectories(run, step)
         for arm, changes in ARMS.items():
             cfg = replace(run.cfg, **changes)
             rows = range(len(asked))
-            moves = egspo.choose_moves(roll, cfg, policy, step, rows)
+            moves = selected(roll, cfg, policy, step, rows, arm)
             if cfg.stepwise:
                 guess_SC = egspo.log_probs(policy, moves, cfg, guess=True)[2]
                 moves = moves._replace(early_S=egspo.early_rewards(run, asked, guess_SC))
@@ -136,7 +143,16 @@ def gradients(run: running.Run, batches: int) -> tuple[dict[str, Tensor], dict[s
             S = int(egspo.passed(moves, cfg).sum())
             _, cost = plan.step_cost(cfg, policy, L, roll.forwards, S)
             flops[arm] = sum(cost.values())
-    return {arm: torch.stack(rows) for arm, rows in sketches.items()}, flops
+        torch.save(kept, file)
+    return {arm: torch.stack(rows[:batches]) for arm, rows in sketches.items()}, flops
+
+
+def selected(roll, cfg, policy, step: int, rows: range, arm: str) -> egspo.Moves:
+    if arm != HALF:
+        return egspo.choose_moves(roll, cfg, policy, step, rows)
+    u_NT = running.uniform((cfg.T,), rows, cfg.seed, step, "select").to(roll.entropy_NC.device)
+    t_NK = egspo.select_steps(arms.uncertain_half(roll.entropy_NT), cfg.K, "random", u_NT)
+    return egspo.gather_moves(roll, t_NK, policy.config.mask_id)
 
 
 def product(gram_XX: Tensor, count_X: Tensor) -> float:
@@ -160,7 +176,7 @@ def compare(grams: tuple[Tensor, Tensor, Tensor], count_X: Tensor, cheaper: floa
 
 def gradient(args: argparse.Namespace) -> list[dict]:
     run, rows = open_run(args), []
-    sketches, flops = gradients(run, args.batches)
+    sketches, flops = gradients(run, args.batches, args.sketches)
     ref_XD, stream = sketches[REFERENCE], torch.Generator().manual_seed(0)
     every_X = torch.ones(args.batches, dtype=torch.float64)
     for arm, arm_XD in sketches.items():
@@ -188,7 +204,7 @@ def value(args: argparse.Namespace) -> list[dict]:
     cfg, policy = run.cfg, run.policy
     N = cfg.B * cfg.G
     for t in tqdm(range(0, cfg.T, max(1, cfg.T // args.steps)), "steps"):
-        early, mean = [], []
+        early, mean, group, state = [], [], [], []
         for step in range(-(-args.states // N)):
             asked, roll, _ = trajectories(run, step)
             moves = egspo.gather_moves(roll, torch.full((N, 1), t), policy.config.mask_id)
@@ -205,13 +221,23 @@ def value(args: argparse.Namespace) -> list[dict]:
             live = moves.live_SU[:, 0].cpu()
             early.append(egspo.early_rewards(run, asked, guess_SC).cpu()[live])
             mean.append((total / args.completions)[live])
-        early, mean = torch.cat(early)[: args.states], torch.cat(mean)[: args.states]
-        both = torch.corrcoef(torch.stack((early, mean)))[0, 1].item()
+            group.append((step * cfg.B + torch.arange(N) // cfg.G)[live])
+            state.append(moves.state_SC.cpu()[live])
+        early, mean, group, state = (
+            torch.cat(some)[: args.states] for some in (early, mean, group, state)
+        )
+        inside = [
+            x - (group.bincount(x) / group.bincount().clamp(min=1))[group] for x in (early, mean)
+        ]
+        everywhere, within = (
+            torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in ((early, mean), inside)
+        )
+        distinct = torch.cat((group[:, None], state), dim=1).unique(dim=0)
         rows.append(
             {
                 "t": t, "states": len(early), "each": args.completions,
                 "guess": early.mean().item(), "completions": mean.mean().item(),
-                "correlation": both,
+                "distinct": len(distinct), "correlation": everywhere, "within": within,
             }
         )  # fmt: skip
     return rows
@@ -266,6 +292,7 @@ def main() -> None:
     parser.add_argument("--K", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batches", type=int, default=80, help="of gradient")
+    parser.add_argument("--sketches", type=Path, default=Path("runs/sketches.pt"))
     parser.add_argument("--states", type=int, default=128, help="of value and gate")
     parser.add_argument("--completions", type=int, default=16, help="of value, from each state")
     parser.add_argument("--steps", type=int, default=8, help="of value: denoising steps looked at")

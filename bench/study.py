@@ -70,6 +70,7 @@ ARMS = {  # arm of bench/arms.py, flags
     "all-few": "plain --lam 0 --select all --B 4",  # a quarter of the samples: FLOPs as entropy's
     "all-2": "plain --lam 0 --select all --steps 2",  # as many FLOPs in few, large updates
     "random": "plain --lam 0 --select random",
+    "half": "half --lam 0 --select random",
     "uniform": "plain --lam 0 --select uniform",
     "lowest": "lowest --lam 0",
     "joint": "joint --lam 0",
@@ -93,7 +94,9 @@ PLANNED_ARMS = list(dict.fromkeys(arm for pair in PLANNED for arm in pair[:2]))
 STUDIED = list(ARMS)[list(ARMS).index("entropy") :]
 RATES = {"diffu-grpo": (1e-5, 3e-5, 1e-4)}  # and of the others:
 USUAL_RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
-RATE_OF = dict.fromkeys(("stepwise", "placebo", "exact", "sampled"), "entropy")  # one thing differs
+RATE_OF = dict.fromkeys(
+    ("stepwise", "placebo", "exact", "half", "sampled"), "entropy"
+)  # one thing differs
 TUNED = [arm for arm in STUDIED if arm not in RATE_OF]
 TUNING = (100, 101)  # seeds
 GROUPS = {  # name -> tasks, arms, seeds

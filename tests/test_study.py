@@ -28,6 +28,16 @@ def exchange(monkeypatch):
     return lambda arm: arms.ARMS[arm]()
 
 
+def test_the_uncertain_half_of_a_row_is_that_of_its_live_steps():
+    end = -math.inf
+    entropy_NT = torch.tensor(
+        [[0.0, 3, 1, 2], [2, 1, 0, end], [0, 0, end, end], [1, end, end, end]]
+    )
+    kept_NT = arms.uncertain_half(entropy_NT) > end
+    want = [[0, 1, 0, 1], [1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
+    assert kept_NT.int().tolist() == want
+
+
 def row(*accuracies: float, cost: float = 1.0) -> dict:
     points = enumerate(accuracies)
     return {"curve": [dict(samples=cost * i, accuracy=share) for i, share in points]}
