@@ -60,6 +60,12 @@ ADAM = {"adamw": 8, "adamw8bit": 2 + 2 * 4 / 256}  # bytes a trained number: two
 PYTHON = 0.4e9  # what Python and its libraries take of a CPU's memory
 FILE = 5e9  # the largest files of a model on the hub
 
+# How often logits are alive in float32 where most of what is made of them is, counted by the tests:
+# log-probs, probabilities, masks of bytes. By whether a move's likelihood counts its losers too.
+DRAWN, TWO_POLICIES = 5, 6  # `model.draw`; `egspo.kl_of_a_step`
+SCORED = {False: 3, True: 4.5}  # without a graph
+LEARNT = {False: 2, True: 4.25}  # in the backward pass of the loss, beside the logits themselves
+
 
 @dataclass
 class Plan:
@@ -90,7 +96,7 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1, device: str = "cuda") -> Plan:
     other = parameters - maps  # embedding, head, norms
     N, L, V, D, F = cfg.B * cfg.G, (cfg.P or 256) + cfg.C, c.vocab_size, c.d_model, c.d_mlp
     R, rows, share = cfg.C // cfg.T, cfg.micro * L, ranks if cfg.shard else 1
-    exact, scored = cfg.counts_losers, cfg.scored
+    losers, scored = cfg.counts_losers, cfg.scored
     wide = 2 if bf16 else 4  # bytes of a number inside a block
     stream = wide if r else 4  # and between two, which is the embedding's
     stored = NF4 if cfg.quantize == "nf4" else wide
@@ -135,14 +141,15 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1, device: str = "cuda") -> Plan:
             "keys and values": cache * (c.n_layers - 1),
             "root": root, "copies": copies, "block": N * L * inside,
         },
-        "drawing": {"keys and values": cache * c.n_layers, "root": root, "logits": 5 * slab},
+        "drawing": {"keys and values": cache * c.n_layers, "root": root, "logits": DRAWN * slab},
         "scoring": forward | one_block,
-        "likelihood": forward | {"logits": logits * max(scored * (4.5 if exact else 3), 6 * R)},
+        "likelihood": forward
+        | {"logits": logits * max(SCORED[losers] * scored, TWO_POLICIES * R)},
         "update": {"gradients": gradients} | forward | one_block,
         "loss": {
             "gradients": gradients, "root": root, "copies": again * (not cfg.checkpointing),
             "inputs of blocks": inputs,
-            "logits": logits * scored + max(new, logits * scored * (4.25 if exact else 2)),
+            "logits": logits * scored + max(new, LEARNT[losers] * logits * scored),
         },
         "backward": {
             "gradients": gradients, "root": root, "copies": again,
