@@ -66,12 +66,10 @@ class Settings:
     lr: float = 3e-5  # learning rate after the warm-up, constant
     warmup: int = 10  # steps of linear warm-up
     mu: int = 1  # times that all moves of a rollout are learnt
-    minibatches: int = (
-        4  # optimizer steps that share them, those of highest entropy first, or drawn
-    )
+    minibatches: int = 4  # optimizer steps that share them: highest entropy first, or as drawn
     weight_decay: float = 0.1  # of AdamW
     max_grad_norm: float = 0.2  # gradients are clipped to this norm
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: moments of 8 bits
     micro: int = 8  # rows per backward pass; changes memory and speed, not the result
     lora_r: int = 128  # rank of the adapters; 0 trains all weights
     lora_alpha: float = 64.0  # scales new adapters by alpha / r
@@ -98,7 +96,8 @@ class Config(Settings):
     def __post_init__(self):
         check = checker(self)
         known = f"choose one of {' '.join(data.TASKS)}"
-        check(self.task in data.TASKS, "task", known)
+        own = f"{known}; one of your own is known to the script that defines it"
+        check(self.task in data.TASKS, "task", own)
         others = self.eval_also
         check({*others} <= {*data.TASKS} - {self.task}, "eval_also", f"{known}, but --task itself")
         for name, hint in get_type_hints(type(self)).items():
@@ -382,8 +381,8 @@ def model_settings(path: str, task: str, method: str) -> Settings:
     own, file = model_defaults(path), f"{path}/defaults.json"
     for part in own.keys() - {"task", "settings", "by_task"}:
         raise ValueError(f"{file}: {part} is not one of task, settings, by_task")
-    task = task or own.get("task", "sudoku")
-    parts = own.get("settings", {}), own.get("by_task", {}).get(task, {})
+    task, by_task = task or own.get("task", "sudoku"), own.get("by_task", {})
+    parts = own.get("settings", {}), by_task.get(task, {}) if isinstance(by_task, dict) else None
     if not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{file}: settings, and those of a task, must be an object")
     settings = METHODS.get(method, {}) | LARGE.get(task, {}) | parts[0] | parts[1]

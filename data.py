@@ -75,6 +75,8 @@ class Reward(float):
     def __new__(cls, value: float, correct: bool = False, /, **parts: float) -> "Reward":
         if not math.isfinite(value):
             raise ValueError(f"a reward must be a finite number, not {value}")
+        if parts and not math.isclose(sum(parts.values()), value, abs_tol=1e-9):
+            raise ValueError(f"a reward of {value} has parts that add up to {sum(parts.values())}")
         reward = super().__new__(cls, value)
         reward.correct = bool(correct)
         reward.parts = parts or {"reward": float(value)}
@@ -105,7 +107,7 @@ class Task:
     name: str
     rows: Callable[..., Iterable[dict]]  # (split, data_dir[, one of train_sets]) -> rows
     build: Callable[[dict], tuple[str, Any]]  # row -> prompt, answer; ValueError if malformed
-    judge: Callable[[str, Any], Reward]  # completion, answer -> reward; never raises
+    judge: Callable[[str, Any], Reward]  # any completion, answer -> reward; never raises
     fields: str = "other fields"  # what a row should hold, for the message about a malformed one
     train_sets: tuple[str, ...] = ()  # choices of --train-set, the default first
     judge_all: Callable[[list[str], list[Any]], list[Reward]] | None = None  # a batch, if faster
@@ -136,26 +138,32 @@ class Task:
             rows = hold_out(read_file(Path(file)), split)
         else:
             rows = list(self.rows(split, data_dir or None, *filter(None, [train_set])))
-        problems = []
+        problems, why = [], ""
         for i, row in enumerate(rows):
-            with contextlib.suppress(Unusable):
+            try:
                 problems.append(self.problem(row, f"{split}-{i}"))
-        if not problems:
-            raise ValueError(f"{file or self.name}: too few usable rows, none is left for {split}")
+            except Unusable as error:
+                why = f" ({error})"
         if len(problems) < len(rows):
             left_out = f"{len(rows) - len(problems)} of {len(rows)} rows cannot be judged here"
-            warnings.warn(f"{self.name}, {split}: {left_out} and are left out", stacklevel=2)
+            warnings.warn(f"{self.name}, {split}: {left_out} and are left out{why}", stacklevel=2)
+        if file and split == "train":  # a question that comes twice may be held out
+            held = {problem.prompt for problem in self.load("val", file=file)}
+            problems = [problem for problem in problems if problem.prompt not in held]
+        if not problems:
+            few = f"too few usable rows, none is left for {split}{why}"
+            raise ValueError(f"{file or self.name}: {few}")
         return problems
 
     def problem(self, row: dict, name: str = "0") -> Problem:
         """The problem of one row. ValueError names the row and says what one holds."""
+        where = getattr(row, "where", "") or f"row {name}"
         try:
             prompt, answer = self.build(row)
-        except Unusable:
-            raise
-        except (KeyError, TypeError, ValueError, SyntaxError) as error:
+        except Unusable as error:
+            raise Unusable(f"{where}: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, SyntaxError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            where = getattr(row, "where", "") or f"row {name}"
             message = f"{where}: {what}; a row of {self.name} holds {self.fields}"
             raise ValueError(message) from error
         return Problem(self.name, prompt, answer, f"{self.name}/{row.get('task_id', name)}")
@@ -258,12 +266,13 @@ def read_file(path: Path) -> list[Row]:
     """The rows of a .jsonl, .jsonl.gz or .csv file. ValueError names the malformed line."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected rows as JSON lines or CSV")
-    is_csv = path.suffix == ".csv"
+    is_csv, utf8 = path.suffix == ".csv", "utf-8-sig"  # spreadsheets begin with a mark
     rows, number = [], int(is_csv)
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-            for row in csv.DictReader(lines) if is_csv else map(parse_line, lines):
-                number += 1
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding=utf8) as lines:
+            table = csv.DictReader(lines) if is_csv else None
+            for row in table or map(parse_line, lines):
+                number = table.line_num if table else number + 1
                 if row is not None:
                     rows.append(Row(row, f"{path}, line {number}"))
     except (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
@@ -332,10 +341,15 @@ def well_formed(completion: str) -> float:
 
 
 def number(text: str) -> Fraction | None:
-    """The first number after the last equals sign, exactly: -3, $1,234.50, .5, 3/4."""
+    """The first number after the last equals sign, exactly: -3, $1,234.50, .5, 3/4, and as LaTeX
+    writes them. None where it is only the beginning of a product, a power or a root."""
+    text = re.sub(r"\\[,!]|[{](?=,})|(?<={,)[}]", "", text).replace("−", "-")
+    text = re.sub(r"\\[dt]?frac{(\d+)}{(\d+)}", r"\1/\2", text)
     digits = r"\d{1,3}(?:,\d{3}){1,9}(?!\d)|\d{1,40}"
     pattern = rf"(-?)\$? ?((?:{digits})(?:\.\d{{1,40}})?|\.\d{{1,40}})(?:/(\d{{1,40}}))?"
     for part in reversed(text.split("=")):
+        if re.search(r"\\(times|cdot|sqrt|d?frac)|\^", part):
+            return None
         if found := re.search(pattern, part, re.ASCII):
             sign, above, below = found.groups()
             value = Fraction(sign + above.replace(",", ""))
@@ -412,11 +426,11 @@ def sudoku_rows(split: str, data_dir: str | None, fewest: int = 4) -> list[dict]
 
 def sudoku_build(row: dict) -> tuple[str, dict]:
     row = {str(field).lower(): value for field, value in row.items()}
-    puzzle, solution = row.get("puzzle"), row.get("solution")
+    puzzle, solution = row.get("puzzle"), str(row.get("solution") or "")
     if not isinstance(puzzle, str) or not re.fullmatch("[0-4]{16}", puzzle) or "0" not in puzzle:
         raise ValueError(f"the puzzle is {puzzle!r:.60}")
     solutions = sudoku_solutions(puzzle)
-    if not solutions or solution not in (None, "", *solutions):
+    if not solutions or solution not in ("", *solutions):
         raise ValueError(f"the puzzle {puzzle} is not solved by {solution or 'any grid'}")
     return SUDOKU + puzzle, {"puzzle": puzzle, "solution": solution or solutions[0]}
 
@@ -638,7 +652,8 @@ def gsm8k_judge(completion: str, answer: Fraction | None) -> Reward:
 
 
 def math_build(row: dict) -> tuple[str, str]:
-    gold = str(row["answer"]) if "answer" in row else boxed(text_of(row, "solution"))
+    told = row.get("answer")
+    gold = boxed(text_of(row, "solution")) if told is None else str(told)
     if not gold or not gold.strip():
         raise ValueError("neither a field answer nor a \\boxed{} in the solution")
     return WORDED + text_of(row, "problem" if "problem" in row else "question"), gold
@@ -815,12 +830,13 @@ def imported(code: str) -> set[str]:
 
 
 def sandbox_job(code: str, setup: str, tests: list[str]) -> dict:
-    """A job for the sandbox. `names`: what the reference defines and the tests use; `before`: the
-    reference's imports."""
+    """A job for the sandbox. `names`: what the reference defines and the tests use, or all of it if
+    they import the `solution` whole; `before`: the reference's imports."""
     tree, tests_tree = parse(code), parse("\n".join([setup, *tests]))
     used = {getattr(node, "id", getattr(node, "name", None)) for node in ast.walk(tests_tree)}
     imports = [ast.unparse(n) for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
-    names = [name for name in defined(code) if name in used]
+    whole = any(isinstance(n, ast.Import) and "solution" in ast.unparse(n) for n in tests_tree.body)
+    names = [name for name in defined(code) if whole or name in used]
     return {"names": names, "before": "\n".join(imports), "setup": setup, "tests": tests}
 
 
@@ -855,6 +871,7 @@ def mbpp_build(row: dict) -> tuple[str, dict]:
     """A row of the full set, or of the sanitized one, which has other names for two fields."""
     text = text_of(row, "prompt" if "prompt" in row else "text")
     tests, code, imports = texts_of(row, "test_list"), text_of(row, "code"), row.get("test_imports")
+    imports = [imports] if isinstance(imports, str) else imports
     job = sandbox_job(code, "\n".join(imports or [row.get("test_setup_code") or ""]), tests)
     listed = "\n".join(tests)
     return f"{BLOCK}{text}\nIt must pass these tests:\n{listed}", {"code": code, "job": job}

@@ -537,7 +537,10 @@ def load_problems(cfg: Config, split: str, most: int = 0) -> list[data.Problem]:
     if task.runs_code:
         data.sandbox(cfg.unsafe_code)  # says now, before a model is loaded, what this machine lacks
     problems = task.load(split, cfg.data_dir or None, cfg.train_set or None, cfg.data or None)
-    parts = task.reward("", problems[0]).parts
+    try:
+        parts = task.reward("", problems[0]).parts
+    except Exception as error:  # no bad input, but a mistake in the code of a judge
+        raise RuntimeError(f"the judge of {task.name} fails on an empty completion") from error
     if unknown := {*cfg.part_weights} - {*parts}:
         known = f"a reward of {task.name} has {' and '.join(parts)}"
         raise ValueError(f"--weights {cfg.weights}: no {' '.join(sorted(unknown))}; {known}")
@@ -874,8 +877,8 @@ def merge(cfg: Config) -> int:
         return 0
     if not model.adapter_rank(cfg.model):
         raise ValueError(f"--merge: {cfg.model} has no adapter")
-    if any(Path(cfg.out).glob("*.safetensors")):
-        raise ValueError(f"--out {cfg.out}: holds a model; name another folder")
+    if Path(cfg.out).exists() and not (Path(cfg.out).is_dir() and not any(Path(cfg.out).iterdir())):
+        raise ValueError(f"--out {cfg.out}: not a new folder; name another")
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     policy = model.load(cfg.model, "cpu", dtype)
     model.merge_lora(policy)

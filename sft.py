@@ -528,6 +528,8 @@ def checkpoint_of(cfg: Recipe) -> dict | None:
             raise ValueError(
                 f"--out {cfg.out} holds an unfinished run: go on with --resume, or name another"
             )
+        if (file.parent / "events.jsonl").exists():
+            raise ValueError(f"--out {cfg.out} holds a run already: name another folder")
         return None
     if not file.exists():
         raise ValueError(f"--resume: no {file}, so there is nothing to go on with")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -123,12 +124,26 @@ def test_a_bad_value_in_a_models_defaults_is_told_like_that_of_a_flag(tmp_path):
 def test_modes_exclude_each_other_and_none_writes_over_a_run(tmp_path):
     """--resume names the model that the run began with; evaluated, that would pass for the run."""
     (tmp_path / "config.json").write_text('{"task": "sudoku", "model": "tiny"}')
-    (tmp_path / "events.jsonl").write_text("")
+    (tmp_path / "events.jsonl").write_text("{}\n")
     for other in ("--eval-only", "--merge", "--dry-run"):
         with pytest.raises(ValueError, match="only one mode"):
             config.parse(["--out", str(tmp_path), "--resume", other])
     with pytest.raises(ValueError, match="holds a run"):
         config.parse(["--model", "tiny", "--out", str(tmp_path), "--merge"])
+
+
+def test_every_flag_says_what_it_does():
+    """By the comment behind it, which a formatter may move out of tyro's sight."""
+    source = Path(config.__file__).read_text()
+    for flag in (*dataclasses.fields(config.Config), *dataclasses.fields(config.Mode)):
+        (line,) = re.findall(rf"^    {flag.name}: .* = .*", source, re.M)
+        assert re.search(r"  # \w", line), line
+
+
+def test_a_default_of_another_kind_is_one_line(tmp_path):
+    path = write(tmp_path / "model", defaults={"by_task": []})
+    with pytest.raises(ValueError, match="settings, and those of a task, must be an object"):
+        config.parse(["--model", path])
 
 
 def test_all_steps_may_be_fewer_than_k():

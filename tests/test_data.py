@@ -114,6 +114,11 @@ def test_a_very_long_text_gets_a_reward_too(name, unit):
         assert 0 <= data.TASKS[name].reward(completion, problem) <= 1.1
 
 
+def test_a_reward_refuses_parts_that_do_not_add_up_to_it():
+    with pytest.raises(ValueError, match="1.0 has parts that add up to 25.0"):
+        data.Reward(1.0, True, length=25.0)
+
+
 def test_a_reward_survives_pickling_and_refuses_nan():
     reward = pickle.loads(pickle.dumps(data.Reward(1.1, True, tests=1.0, format=0.1)))
     assert (reward, reward.correct, reward.parts) == (1.1, True, {"tests": 1.0, "format": 0.1})
@@ -269,7 +274,9 @@ def test_countdown_splits_share_no_problem_in_any_order_and_each_is_solvable():
     [("18", 18), ("$1,234.50", Fraction(2469, 2)), ("-3", -3), ("3/4 cup", Fraction(3, 4)),
      (".5", 0.5), ("2 + 2 = 4 apples", 4), ("\\$18", 18), ("1,2", 1), ("no", None), ("٣", None),
      ("5/0", 5),
-     ("70\\text{ minutes}", 70), ("x =", None), ("= 7 =", 7), ("10,000,000", 10**7)],
+     ("70\\text{ minutes}", 70), ("x =", None), ("= 7 =", 7), ("10,000,000", 10**7),
+     ("3{,}000", 3000), ("3,\\!000", 3000), ("3\\,000", 3000), ("−4", -4), ("\\frac{6}{2}", 3),
+     ("3\\times 4 = 12", 12), ("3\\times 10^2", None), ("2^3", None), ("4\\sqrt{2}", None)],
 )  # fmt: skip
 def test_a_number_is_read_exactly(text, value):
     assert data.number(text) == value
@@ -415,6 +422,16 @@ def test_kodcode_rows_become_one_test_a_function():
     assert share("mbpp", KODCODE_ROW, fenced("def root(n):\n    return int(abs(n)**0.5)")) == 2 / 3
 
 
+def test_kodcode_tests_may_import_the_solution_whole():
+    test = "import solution\n\ndef test_nine():\n    assert solution.root(9) == 3\n"
+    row = KODCODE_ROW | {"test": test}
+    assert share("mbpp", row, fenced(row["solution"])) == 1
+    assert share("mbpp", row, fenced("def root(n):\n    return n")) == 0
+    test = "from solution import root\n\ndef test_nine():\n    solution = root(9)\n"
+    row = KODCODE_ROW | {"test": test, "solution": "def helper(): pass\n" + row["solution"]}
+    assert data.TASKS["mbpp"].problem(row).answer["job"]["names"] == ["root"]
+
+
 def test_references_of_the_published_sets_pass_and_return_none_does_not():
     for task in (data.TASKS["humaneval"], data.TASKS["mbpp"]):
         problems = task.load("test", EXCERPTS)
@@ -450,6 +467,8 @@ def test_a_row_of_the_sanitized_mbpp_has_other_names_and_imports_for_its_tests()
     assert "area of a circle" in data.TASKS["mbpp"].problem(row).prompt
     assert share("mbpp", row, fenced(row["code"])) == 1
     assert share("mbpp", row, fenced("def area(r):\n    return 3 * r * r")) == 0
+    row["test_imports"] = "import math"
+    assert share("mbpp", row, fenced(row["code"])) == 1
 
 
 def test_the_common_countdown_set_gives_three_numbers_that_no_other_split_asks(tmp_path):
@@ -492,7 +511,9 @@ def test_rows_that_cannot_be_judged_are_left_out_and_counted(tmp_path):
     no_test = KODCODE_ROW | {"test": "class TestRoot:\n    pass\n"}
     rows = [KODCODE_ROW] * 8 + [needs_numpy, no_test]
     (tmp_path / "kodcode.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.warns(UserWarning, match="train: 2 of 9 rows cannot be judged"):
+    with pytest.warns(
+        UserWarning, match="train: 2 of 9 rows cannot be judged.*line .*no test is left"
+    ):
         train = data.TASKS["humaneval"].load("train", str(tmp_path))
     assert len(train) == 7
 
@@ -504,6 +525,10 @@ def test_your_own_rows_train_any_task_and_a_tenth_of_them_validates(tmp_path):
     train, val = (data.TASKS["gsm8k"].load(split, file=str(file)) for split in ("train", "val"))
     assert len(train) == 36 and len(val) == 4
     assert {p.answer for p in train + val} == set(range(1, 41))
+    file.write_text("\n".join(lines * 2), encoding="utf-8-sig")  # as spreadsheets write it
+    train, val = (data.TASKS["gsm8k"].load(split, file=str(file)) for split in ("train", "val"))
+    assert train and len(val) == 8
+    assert not {p.prompt for p in train} & {p.prompt for p in val}
 
 
 @pytest.mark.parametrize(
