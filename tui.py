@@ -1353,7 +1353,10 @@ def arguments() -> argparse.Namespace:
     add("--hz", type=float, default=4.0, metavar="N", help="looks at the log a second (default: 4)")
     add("--ascii", action="store_true", help="nothing but ASCII")
     add("--light", action="store_true", help="for a light terminal (default: as COLORFGBG says)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.hz <= 0:
+        parser.error(f"--hz {args.hz:g}: must be above 0")
+    return args
 
 
 def serve(port: int) -> int:
@@ -1387,7 +1390,9 @@ def main() -> int:
     live = not asked and (terminal or args.serve or served)
     try:
         if args.list:
-            paths = sorted(Path(*args.runs[:1] or ["runs"]).glob("*/events.jsonl"))
+            folder = Path(*args.runs[:1] or ["runs"])
+            if not (paths := sorted(folder.glob("*/events.jsonl"))):
+                raise FileNotFoundError(f"no runs in {folder}")
         else:
             paths = [find(name) for name in args.runs or [None]]
         for path in paths:
@@ -1402,6 +1407,9 @@ def main() -> int:
     for log in logs:
         while log.poll(0.05) and not live:
             pass
+        if log.history.bad == log.history.lines > 0:
+            print(f"{log.path}: no event log, none of its lines is an event", file=sys.stderr)
+            return 2
     if any(log.history.newer for log in logs):
         print(f"the log is newer than version {SCHEMA}: update tui.py", file=sys.stderr)
         return 3
@@ -1417,7 +1425,11 @@ def main() -> int:
     elif args.plain:
         print_lines(logs[0], args.hz)
     elif args.svg:
-        args.svg.write_text(svg(frame(view, *size), view.light), encoding="utf-8")
+        try:
+            args.svg.write_text(svg(frame(view, *size), view.light), encoding="utf-8")
+        except OSError as error:
+            print(f"--svg {args.svg}: {error.strerror}", file=sys.stderr)
+            return 2
     else:
         encoding = sys.stdout.encoding or "ascii"
         print(plain(frame(view, *size)).encode(encoding, "replace").decode(encoding))

@@ -297,6 +297,9 @@ def test_a_run_that_was_stopped_and_goes_on_equals_one_that_was_not(tmp_path, to
     assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     again = run(*words, "--out", out, "--resume", script=script)
     assert again.returncode == 2 and "nothing to go on with" in again.stderr
+    again = run(*words, "--out", out, script=script)
+    assert again.returncode == 2 and "holds a run already" in again.stderr
+    assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
     assert not (out / "checkpoint.pt").exists()
     last = [[e["m"]["loss"] for e in events(folder) if e["e"] == "eval"][-1]

@@ -767,6 +767,20 @@ def test_exit_codes_tell_a_missing_run_from_a_newer_log(runs, tmp_path):
     assert done.returncode == 3 and "newer" in done.stderr
 
 
+def test_what_is_no_log_and_no_place_for_a_picture_is_one_line(runs, tmp_path):
+    (tmp_path / "notes.jsonl").write_text("no event\n{}\n")
+    for words, told in (
+        ([tmp_path / "notes.jsonl", "--json"], "no event log"),
+        ([tmp_path, "--list"], "no runs in"),
+        ([runs / "sudoku", "--svg", tmp_path / "nowhere" / "a.svg"], "--svg"),
+        ([runs / "sudoku", "--svg", tmp_path], "--svg"),
+    ):
+        done = run(*words)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and told in done.stderr
+    done = run(runs / "sudoku", "--plain", "--hz", 0)
+    assert done.returncode == 2 and "--hz 0: must be above 0" in done.stderr
+
+
 def test_scripts_get_json_a_list_lines_and_pictures(runs, tmp_path):
     state = json.loads(run(runs / "sudoku", "--json").stdout)
     assert state["status"] == "finished" and state["done"] == 25
