@@ -23,7 +23,7 @@ def build(row):  # a row -> the prompt, and what the reward needs
     return f"Spell this word backwards: {row['word']}", row["word"][::-1]
 
 
-def judge(completion, answer):  # any text in, a finite number out
+def judge(completion, answer):  # any text in, a data.Reward out
     right = sum(a == b for a, b in zip(completion.strip(), answer)) / len(answer)
     return data.Reward(right, completion.strip() == answer)
 
