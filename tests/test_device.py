@@ -82,7 +82,6 @@ def test_training_evaluating_saving_and_resuming_mix_no_devices_and_seldom_wait(
             assert {p.device for p in the_run.policy.parameters()} == {DEVICE}
             egspo.train(the_run, start)
         the_run.log.end("finished")
-        os.close(the_run.log.fd)
         compute.append(the_run.log.compute["compute/samples"])
         cfg = dataclasses.replace(cfg, steps=3)
     assert compute == [8, 12]

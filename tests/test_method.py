@@ -8,7 +8,6 @@ import importlib.machinery
 import importlib.util
 import json
 import math
-import os
 import signal
 import sys
 import types
@@ -617,7 +616,6 @@ def test_metrics_are_shown_in_the_same_run_of_a_service_before_and_after_a_resum
     cfg = settings(model=str(toy), track=service, steps=2, P=0)
     with opened(cfg, tmp_path / "run", monkeypatch) as the_run:
         egspo.train(the_run, 0)
-    the_run.log.fd = os.close(the_run.log.fd)  # its lock is the process's
     again, start = run.open_run(
         dataclasses.replace(the_run.cfg, steps=3), the_run.ranks, config.Mode(resume=True)
     )
