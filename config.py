@@ -355,8 +355,7 @@ METHODS = {  # what a method's authors use otherwise
     "egspo": {},
     "diffu_grpo": dict(lr=3e-6, mu=12, eps_low=0.5, eps_high=0.5),
 }
-ONLY = {  # and what it alone can do, whatever a model was trained by before
-    "egspo": {},
+ONLY = {  # and what it can do at all, whatever a model was trained by before
     "diffu_grpo": dict(minibatches=1, cache="none", likelihood="tokens"),
 }
 

@@ -877,7 +877,8 @@ def merge(cfg: Config) -> int:
         return 0
     if not model.adapter_rank(cfg.model):
         raise ValueError(f"--merge: {cfg.model} has no adapter")
-    if Path(cfg.out).exists() and not (Path(cfg.out).is_dir() and not any(Path(cfg.out).iterdir())):
+    out = Path(cfg.out)
+    if out.is_file() or out.is_dir() and any(out.iterdir()):
         raise ValueError(f"--out {cfg.out}: not a new folder; name another")
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     policy = model.load(cfg.model, "cpu", dtype)

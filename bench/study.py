@@ -383,19 +383,25 @@ def equal_rates(task: str) -> list[str]:
     """Entropy against random selection at each rate that was tried for both, and at their mean:
     which is best is itself uncertain."""
     lines = ["Entropy and random selection at the same learning rate, not planned:", ""]
-    lines += [COLUMNS.format("learning rate")]
+    title, rule = COLUMNS.format("learning rate").split("\n")
+    lines += [f"{title} solved at the end, % |", f"{rule}---|"]
     at = {}
     for row in recorded():
         if row["task"] == task and row["seed"] not in TUNING and current(row):
             at.setdefault(row["lr"], {})[row["arm"], row["seed"]] = row
     found = {rate: contrast(at[rate], "entropy", "random", "samples") for rate in sorted(at)}
     found = {rate: each for rate, each in found.items() if each["n"] > 5}
-    lines += [f"| {rate:g} | {cells(each)} |" for rate, each in found.items()]
+    for rate, each in found.items():
+        ends = [
+            100 * numpy.mean([at[rate][arm, seed]["accuracy"] for seed in each["pairs"]])
+            for arm in ("entropy", "random")
+        ]
+        lines.append(f"| {rate:g} | {cells(each)} | {ends[0]:.1f} and {ends[1]:.1f} |")
     if len(found) > 1:
         of_rates = [each["pairs"] for each in found.values()]
         seeds = sorted(set.intersection(*map(set, of_rates)))
         pairs = {seed: numpy.mean([pairs[seed] for pairs in of_rates], axis=0) for seed in seeds}
-        lines.append(f"| mean of them | {cells(compared(pairs))} |")
+        lines.append(f"| mean of them | {cells(compared(pairs))} | |")
     return lines
 
 

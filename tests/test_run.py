@@ -182,9 +182,7 @@ def test_ctrl_c_that_ends_the_tee_behind_a_pipe_too_saves_all_the_same(toy, whol
     assert same(weights(whole), weights(out))
 
 
-def test_a_resume_needs_no_link_and_minds_neither_copies_nor_a_file_that_cannot_go(
-    toy, whole, tmp_path
-):
+def test_a_resume_needs_no_link_and_minds_no_copy_of_a_checkpoint(toy, whole, tmp_path):
     out = tmp_path / "copied"
     train(toy, out, "--steps", 4, "--save-every", 1, "--keep", 2)
     folder = out / "checkpoints"
