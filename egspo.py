@@ -606,12 +606,13 @@ def spread(parts: Sequence[Tensor], moves: Moves, cfg: Config) -> Tensor:
 # ---- evaluate ------------------------------------------------------------------------------------
 
 
-def evaluate(run: Run, problems: list[data.Problem], cfg: Config, samples: int = 0) -> dict:
+def evaluate(run: Run, problems: list, cfg: Config, samples=0, said: list | None = None) -> dict:
     """Decode every problem: accuracy with its Wilson 95 % interval, rewards, and what it cost.
 
     Greedy, or with `samples` that many draws a problem and pass@k (the interval is of as many
-    problems). The ranks share the problems; a last batch is filled up with repeats that do not
-    count, so that the shapes are the rollout's and every rank decodes as many batches.
+    problems); `said` gets each (problem, answer, reward) of this rank. The ranks share the
+    problems; a last batch is filled up with repeats that do not count, so that the shapes are the
+    rollout's and every rank decodes as many batches.
     """
     policy, ranks, n = run.policy, run.ranks, max(1, samples)
     mine, tally = problems[ranks.rank :: ranks.world], Tally()
@@ -629,6 +630,8 @@ def evaluate(run: Run, problems: list[data.Problem], cfg: Config, samples: int =
         real = slice(len(chunk) * n)
         answers = texts(roll.token_NC, run.tokenizer, policy.ends)
         rewards = run.judge(answers[real], asked[real]).result()
+        if said is not None:
+            said += zip(asked, answers, rewards)
         for reward in rewards:
             tally.add("accuracy", float(reward.correct))
             tally.add("reward", float(reward))

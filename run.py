@@ -827,9 +827,11 @@ def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def evaluate_only(run: Run, mode: Mode, evaluate: Callable) -> None:
-    """The test split by `egspo.evaluate`, once for each length: a table on the terminal, and a file
-    in --out (by default beside the weights)."""
+    """The test split by `egspo.evaluate`, once for each length: a table on the terminal, and files
+    in --out (by default beside the weights), one of the figures and one of each length's answers.
+    """
     cfg, n, results, before = run.cfg, mode.samples, [], Path(run.cfg.model) / "validation.json"
+    file = Path(cfg.out) / f"test-{cfg.task}{'-samples' * bool(n)}.json"
     if before.exists():
         m = model.read_json(before)
         say(f"{cfg.model}: validation accuracy {m['accuracy']} after {m['step']} steps")
@@ -840,14 +842,30 @@ def evaluate_only(run: Run, mode: Mode, evaluate: Callable) -> None:
         for length in mode.lengths or (0,):
             shape = dict(C=length, T=length // 2, block=min(cfg.block, length)) if length else {}
             at_length = replace(cfg, **shape, K=1, minibatches=1)
-            m = evaluate(run, run.test_set, at_length, n)
+            m = evaluate(run, run.test_set, at_length, n, said := [])
             say_evaluation(at_length, m)
+            put_answers(file.with_name(f"{file.stem}-{at_length.C}.jsonl"), said, run)
             what = {"task": cfg.task, "split": "test", "length": at_length.C, "T": at_length.T}
             results.append(what | m)
     if run.ranks.rank == 0:
-        file = Path(cfg.out) / f"test-{cfg.task}{'-samples' * bool(n)}.json"
         put(file, json.dumps(compact(results), indent=1))
-        say(f"written: {file}")
+        say(f"written: {file}, and the answers of each length in {file.stem}-LENGTH.jsonl")
+
+
+def put_answers(file: Path, said: list[tuple], run: Run) -> None:
+    """All ranks' answers in the order of the problems, as rows that `data.py --score` reads."""
+    place = {problem.id: i for i, problem in enumerate(run.test_set)}
+    said = [each for part in run.ranks.gather(said) for each in part]
+    rows = [
+        {
+            "id": problem.id, "question": problem.prompt, "answer": problem.answer,
+            "completion": run.cfg.template.answer + answer, "correct": reward.correct,
+            "reward": float(reward), **{f"reward/{name}": x for name, x in reward.parts.items()},
+        }
+        for problem, answer, reward in sorted(said, key=lambda each: place[each[0].id])
+    ]  # fmt: skip
+    if run.ranks.rank == 0:
+        put(file, "\n".join(json.dumps(row, default=str) for row in rows))
 
 
 def pass_at(tally: Tally, rewards: list[data.Reward], n: int) -> None:

@@ -4,7 +4,7 @@
     python data.py --task math --score outputs.jsonl --compat     the published rules alone
 
 A row holds question, completion and answer. For code, answer is the data set's own row, with its
-tests. Completions may still end in the model's end tokens.
+tests, or what `egspo.py --eval-only` has written. Completions may still end in end tokens.
 
 The published rules are those of d1's evaluation, which the authors of the method use too. They are
 kept with their faults, because the tables were made with them: GSM8K takes the first box, a text
@@ -190,6 +190,8 @@ def output_problem(name: str, row: Row) -> Problem:
     """The problem that an output answers. A GSM8K answer of null makes every completion wrong."""
     fields, question, answer = dict(row), str(row.get("question")), row["answer"]
     if isinstance(answer, dict):
+        if "job" in answer:  # a problem of ours, its row already read
+            return Problem(name, question, answer, row.where)
         fields = answer
     elif name == "gsm8k" and answer is None:
         return Problem(name, question, None, row.where)

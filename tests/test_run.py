@@ -467,6 +467,10 @@ def test_evaluation_by_lengths_and_with_samples_writes_its_numbers(toy, tmp_path
     for r in results:
         assert r["pass@1"] == pytest.approx(r["accuracy"], abs=1e-3) and r["pass@1"] <= r["pass@2"]
         assert r["pass@2"] <= r["pass@4"] and r["forwards"] <= r["T"]
+        file = toy / f"test-letters-samples-{r['length']}.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len(rows) == 4 * r["n"] and len({row["id"] for row in rows}) == r["n"]
+        assert sum(row["correct"] for row in rows) / len(rows) == pytest.approx(r["accuracy"], 1e-3)
 
 
 # ---- the default ---------------------------------------------------------------------------------

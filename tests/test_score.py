@@ -4,9 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import config
+import data
+import run as running
 import score
 
 ROOT = Path(__file__).parents[1]
@@ -128,3 +132,28 @@ def test_the_published_rule_for_latex_compares_normal_forms(a, b, same):
 def test_the_published_countdown_rule_follows_python(text, correct):
     answer = {"numbers": [1, 2, 3], "target": 7}
     assert score.published_countdown(text, answer).correct == correct
+
+
+@pytest.mark.parametrize("name", ["sudoku", "countdown", "toycode", "gsm8k", "math"])
+def test_answers_that_an_evaluation_wrote_score_as_it_scored_them(name, tmp_path):
+    task = data.TASKS[name]
+    stored = str(OUTPUTS.parent) if name in ("gsm8k", "math") else None  # else generated
+    problems = task.load("test", stored)[:4]
+    answers = ["nothing", *map(solved, problems[1:])]
+    rewards = task.rewards(answers, problems)
+    assert [reward.correct for reward in rewards] == [False, True, True, True]
+    held = SimpleNamespace(
+        test_set=problems, ranks=running.Ranks(), cfg=SimpleNamespace(template=config.Template())
+    )
+    running.put_answers(tmp_path / "a.jsonl", list(zip(problems, answers, rewards))[::-1], held)
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [problem.id for problem in problems]
+    assert score.score(name, tmp_path / "a.jsonl")["correct"] == 3
+
+
+def solved(problem: data.Problem) -> str:
+    """A right answer."""
+    told = problem.answer
+    if isinstance(told, dict) and "job" in told:
+        return f"```python\n{told['code']}\n```"
+    return f"<answer>{told['solution'] if isinstance(told, dict) else told}</answer>"
