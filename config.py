@@ -348,6 +348,8 @@ def read(kind: Callable, argv: list[str], prog: str, **options):
     says = re.compile(r"\w").search  # a ruled line does not
     inside = itertools.dropwhile(lambda line: not says(line), inside)
     told = " ".join(line.strip("│ ") for line in itertools.takewhile(says, inside))
+    meant = re.search(r"Perhaps you meant:[\s│]+(--\S+)", box.getvalue())
+    told += f"; did you mean {meant[1]}?" if meant else ""
     raise ValueError(re.sub(r"^Error parsing (?!--)\w+: ", "", told))
 
 

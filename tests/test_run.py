@@ -354,6 +354,7 @@ BAD = [
     (["--P", "3"], "--P 3"),
     (["--quantize", "nf4", "--lora-r", "0"], "--quantize"),
     (["extra"], "extra"),
+    (["--selct", "all"], "did you mean --select?"),
 ]
 
 
