@@ -475,8 +475,8 @@ def report(cfg: Recipe, s: Session, m: dict[str, float], held_NL: tuple[Tensor, 
 def train(cfg: Recipe, s: Session) -> None:
     """Until cfg.steps are done; then the model folder is written. Halt where somebody stops it, or
     where a number is not finite."""
-    net, out, stop = s.net, Path(cfg.out), StopSignal()
-    held_NL = encode(s.tokenizer, s.held, s.P, cfg.C, net.config)
+    stop = StopSignal()
+    held_NL = encode(s.tokenizer, s.held, s.P, cfg.C, s.net.config)
     (group,) = s.optimizer.param_groups
 
     losses, told, began = [], s.done, time.perf_counter()
@@ -490,7 +490,7 @@ def train(cfg: Recipe, s: Session) -> None:
 
         stopping = stop.number is not None and step < cfg.steps
         looks = step % cfg.eval_every == 0 or step in (1, cfg.steps)
-        saves = stopping or step % cfg.save_every == 0 and step < cfg.steps
+        saves = stopping or step % cfg.save_every == 0 or step == cfg.steps
         if looks or saves:
             s.log.it, mean = step, torch.stack(losses).mean()
             m = {"loss": mean.item(), "grad_norm": norm.item()}
@@ -506,12 +506,21 @@ def train(cfg: Recipe, s: Session) -> None:
             again = shlex.join([a for a in sys.argv if a != "--resume"])
             raise Halt(f"stopped by a signal; continue with: python {again} --resume",
                        code=128 + stop.number)  # fmt: skip
+    write_model(cfg, s)
+
+
+def write_model(cfg: Recipe, s: Session) -> None:
+    """The model folder; the last checkpoint stays until it is whole."""
+    out = Path(cfg.out)
     if cfg.adapt:
-        model.merge_lora(net)
-    model.save(net, out)
-    s.tokenizer.save_pretrained(out)
-    if cfg.model:
-        model.bring_ends(cfg.model, out)
+        model.merge_lora(s.net)
+    try:
+        model.save(s.net, out)
+        s.tokenizer.save_pretrained(out)
+        if cfg.model:
+            model.bring_ends(cfg.model, out)
+    except OSError as error:
+        raise Halt(f"cannot write the model: {error}; once it can be, --resume does") from None
     (out / "checkpoint.pt").unlink(missing_ok=True)
 
 

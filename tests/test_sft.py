@@ -307,6 +307,21 @@ def test_a_run_that_was_stopped_and_goes_on_equals_one_that_was_not(tmp_path, to
     assert last[0] == last[1]
 
 
+def test_a_model_that_cannot_be_written_is_one_line_and_nothing_is_lost(tmp_path, toy, backwards):
+    words = f"--model {toy} --data {backwards} --steps 3 --batch 8 --C 6 --no-compile".split()
+    script, out = REPO / "sft.py", tmp_path / "out"
+    assert run(*words, "--out", tmp_path / "whole", script=script).returncode == 0
+    (out / "model.safetensors").mkdir(parents=True)  # in the place of a full disk
+    failed = run(*words, "--out", out, script=script)
+    assert failed.returncode == 1 and failed.stderr.count("\n") == 1, failed.stderr
+    assert "model.safetensors" in failed.stderr and "--resume" in failed.stderr
+    (out / "model.safetensors").rmdir()
+    done = run(*words, "--out", out, "--resume", script=script)
+    assert done.returncode == 0, done.stderr
+    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == whole
+
+
 # ---- from autoregressive to masked diffusion -----------------------------------------------------
 
 
