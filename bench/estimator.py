@@ -1,6 +1,6 @@
 """How good is a gradient, and how good a guess? Measured at one state of the policy, without a run.
 
-    python bench/estimator.py gradient --model MODEL --task TASK [--batches 80]
+    python bench/estimator.py gradient --model MODEL --task TASK [--batches 80] [--others 40]
     python bench/estimator.py value    --model MODEL --task TASK [--states 128] [--completions 16]
     python bench/estimator.py gate     --model MODEL --task TASK [--states 128]
     python bench/estimator.py entropy RUN
@@ -10,8 +10,8 @@ gradient  Every arm's gradient of the same batches of 128 trajectories, against 
           learning rate mends. `signal`: the squared length of the arm's mean gradient over the
           variance of one batch's, times how many batches of the arm cost as much as one of the
           reference. Products are taken between different batches, so that noise cancels; intervals
-          are 95 % by bootstrap over batches. After an interruption, or with more --batches, it
-          goes on from what --sketches holds.
+          are 95 % by bootstrap over batches. The reference has --batches, the others --others.
+          After an interruption, or with more of them, it goes on from what --sketches holds.
 value     The reward of the greedy one-step guess at a state against the mean reward of sampled
           completions from it, by denoising step: mean of both, how many states are distinct, and
           the correlation over all, and over those of a problem alone (each less its problem's
@@ -120,17 +120,18 @@ class Sketcher:
             p.grad = None
 
 
-def gradients(run: running.Run, batches: int, file: Path) -> tuple[dict, dict]:
+def gradients(run: running.Run, batches: dict[str, int], file: Path) -> tuple[dict, dict]:
     """Of each arm the sketches [batches, 2^14] and the FLOPs of a batch; all of one rollout."""
     policy, sketcher = run.policy, Sketcher(run.policy)
     kept = torch.load(file) if file.exists() else {"cfg": asdict(run.cfg), "flops": {}}
     if kept["cfg"] != asdict(run.cfg):
         sys.exit(f"--sketches {file}: of other settings; remove it, or name another file")
     flops, sketches = kept["flops"], kept.setdefault("sketches", {arm: [] for arm in ARMS})
-    for step in tqdm(range(len(sketches[REFERENCE]), batches), "batches"):
+    lacks = {arm: range(len(sketches[arm]), batches[arm]) for arm in ARMS}
+    for step in tqdm(sorted(set().union(*lacks.values())), "batches"):
         asked, roll, rewards = trajectories(run, step)
-        for arm, changes in ARMS.items():
-            cfg = replace(run.cfg, **changes)
+        for arm in (arm for arm in ARMS if step in lacks[arm]):
+            cfg = replace(run.cfg, **ARMS[arm])
             rows = range(len(asked))
             moves = selected(roll, cfg, policy, step, rows, arm)
             if cfg.stepwise:
@@ -144,7 +145,7 @@ def gradients(run: running.Run, batches: int, file: Path) -> tuple[dict, dict]:
             _, cost = plan.step_cost(cfg, policy, L, roll.forwards, S)
             flops[arm] = sum(cost.values())
         torch.save(kept, file)
-    return {arm: torch.stack(rows[:batches]) for arm, rows in sketches.items()}, flops
+    return {arm: torch.stack(rows[: batches[arm]]) for arm, rows in sketches.items()}, flops
 
 
 def selected(roll, cfg, policy, step: int, rows: range, arm: str) -> egspo.Moves:
@@ -155,17 +156,18 @@ def selected(roll, cfg, policy, step: int, rows: range, arm: str) -> egspo.Moves
     return egspo.gather_moves(roll, t_NK, policy.config.mask_id)
 
 
-def product(gram_XX: Tensor, count_X: Tensor) -> float:
-    """<E a, E b> over pairs of different batches: unbiased, whatever the noise. gram_XX holds the
-    products of the batches of a with those of b, count_X how often each was drawn."""
-    pair_XX = count_X[:, None] * count_X[None, :]
-    pair_XX.fill_diagonal_(0)  # a batch that was drawn twice would meet its own noise
-    return ((gram_XX * pair_XX).sum() / pair_XX.sum()).item()
+def product(gram_XW: Tensor, count_W: Tensor) -> float:
+    """<E a, E b> over pairs of different batches: unbiased, whatever the noise. gram_XW holds the
+    products of the X batches of a with the W of b, X <= W; count_W how often each was drawn."""
+    pair_XW = count_W[: len(gram_XW), None] * count_W[: gram_XW.shape[1]]
+    pair_XW.fill_diagonal_(0)  # a batch that was drawn twice would meet its own noise
+    return ((gram_XW * pair_XW).sum() / pair_XW.sum()).item()
 
 
-def compare(grams: tuple[Tensor, Tensor, Tensor], count_X: Tensor, cheaper: float):
+def compare(grams: tuple[Tensor, Tensor, Tensor], count_W: Tensor, cheaper: float):
     """`aslant` and `signal`; nan where the noise leaves no mean gradient to speak of."""
-    signal, both, ref = (product(gram_XX, count_X) for gram_XX in grams)
+    signal, both, ref = (product(gram_XW, count_W) for gram_XW in grams)
+    count_X = count_W[: len(grams[0])]
     square = ((grams[0].diagonal() * count_X).sum() / count_X.sum()).item()
     length = (signal * ref) ** 0.5 if signal > 0 and ref > 0 else math.nan
     return {
@@ -176,18 +178,19 @@ def compare(grams: tuple[Tensor, Tensor, Tensor], count_X: Tensor, cheaper: floa
 
 def gradient(args: argparse.Namespace) -> list[dict]:
     run, rows = open_run(args), []
-    sketches, flops = gradients(run, args.batches, args.sketches)
-    ref_XD, stream = sketches[REFERENCE], torch.Generator().manual_seed(0)
-    every_X = torch.ones(args.batches, dtype=torch.float64)
+    batches = dict.fromkeys(ARMS, min(args.others, args.batches)) | {REFERENCE: args.batches}
+    sketches, flops = gradients(run, batches, args.sketches)
+    ref_WD, stream = sketches[REFERENCE], torch.Generator().manual_seed(0)
+    every_W = torch.ones(args.batches, dtype=torch.float64)
     for arm, arm_XD in sketches.items():
-        grams = arm_XD @ arm_XD.T, arm_XD @ ref_XD.T, ref_XD @ ref_XD.T
+        grams = arm_XD @ arm_XD.T, arm_XD @ ref_WD.T, ref_WD @ ref_WD.T
         cheaper, found = flops[REFERENCE] / flops[arm], []
         for _ in range(1000):
             drawn = torch.randint(0, args.batches, (args.batches,), generator=stream)
-            count_X = drawn.bincount(minlength=args.batches).double()
-            found.append(compare(grams, count_X, cheaper))
-        row = {"arm": arm, "batches": args.batches, "flops_of_reference": 1 / cheaper}
-        for name, value in compare(grams, every_X, cheaper).items():
+            count_W = drawn.bincount(minlength=args.batches).double()
+            found.append(compare(grams, count_W, cheaper))
+        row = {"arm": arm, "batches": len(arm_XD), "flops_of_reference": 1 / cheaper}
+        for name, value in compare(grams, every_W, cheaper).items():
             values = torch.tensor([one[name] for one in found])
             lo, hi = values.nanquantile(torch.tensor([0.025, 0.975])).tolist()
             row |= {name: value, f"{name}_lo": lo, f"{name}_hi": hi}
@@ -291,7 +294,8 @@ def main() -> None:
     parser.add_argument("--T", type=int, default=24)
     parser.add_argument("--K", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batches", type=int, default=80, help="of gradient")
+    parser.add_argument("--batches", type=int, default=80, help="of gradient: of the reference")
+    parser.add_argument("--others", type=int, default=40, help="of gradient: of the other arms")
     parser.add_argument("--sketches", type=Path, default=Path("runs/sketches.pt"))
     parser.add_argument("--states", type=int, default=128, help="of value and gate")
     parser.add_argument("--completions", type=int, default=16, help="of value, from each state")

@@ -144,12 +144,16 @@ def test_hard_puzzles_have_one_solution_of_their_splits_grids():
 def test_mean_gradients_are_compared_without_the_noise_of_their_batches():
     """Squared, a mean of 40 batches would be 7.4 instead of 1: noise of 64 numbers, 2 wide."""
     stream = torch.Generator().manual_seed(0)
-    mean_D, drawn = torch.full((64,), 1 / 8, dtype=torch.float64), {"all": [], "again": []}
+    mean_D, drawn = (
+        torch.full((64,), 1 / 8, dtype=torch.float64),
+        {"all": [], "again": [], "few": []},
+    )
     for _ in range(300):
         a_XD = mean_D + 2 * torch.randn(40, 64, generator=stream, dtype=torch.float64)
         again_X = torch.randint(0, 40, (40,), generator=stream).bincount(minlength=40).double()
         for name, count_X in (("all", torch.ones(40).double()), ("again", again_X)):
             drawn[name].append(estimator.product(a_XD @ a_XD.T, count_X))
+        drawn["few"].append(estimator.product(a_XD[:25] @ a_XD.T, again_X))  # of the other's
     for found in map(torch.tensor, drawn.values()):
         assert abs(found.mean() - 1) < 4 * found.std() / 300**0.5 < 1
 
