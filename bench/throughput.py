@@ -205,18 +205,15 @@ def floor(size: str) -> dict:
     old_SU, _, _ = egspo.log_probs(net, moves, cfg)
     moves = moves._replace(old_SU=old_SU, ref_SU=old_SU)
     rate = matmul_rate()
-    N, S = cfg.B * cfg.G, cfg.B * cfg.G * cfg.K
+    _, flops = plan.step_cost(cfg, net, L, roll.forwards, len(moves.live_SU))
     rollout_s = seconds(lambda: act(net, size, cfg))
     update_s = seconds(
         lambda: egspo.update(net, optimizer, moves, cfg, running.Ranks(), running.Tally())
     )
     rate = max(rate, matmul_rate())
-    rollout_floor = N * cfg.T * plan.forward_flops(net, L, cfg.block) / rate
-    backward = (2 if cfg.lora_r else 3) + cfg.checkpointing  # frozen weights have no gradient
-    update_floor = S * backward * plan.forward_flops(net, L, cfg.C // cfg.T) / rate
     return dict(
-        matmul_tflops=rate / 1e12, rollout_of_floor=rollout_floor / rollout_s,
-        update_of_floor=update_floor / update_s, rollout_s=rollout_s, update_s=update_s,
+        matmul_tflops=rate / 1e12, rollout_of_floor=flops["rollout"] / rate / rollout_s,
+        update_of_floor=flops["update"] / rate / update_s, rollout_s=rollout_s, update_s=update_s,
     )  # fmt: skip
 
 
