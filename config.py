@@ -111,7 +111,7 @@ class Config(Settings):
         for flag in ("lam", "beta", "weight_decay", "eps_high", "log_live"):
             check(0 <= getattr(self, flag) < math.inf, flag, "must be at least 0 and finite")
         for flag in ("P", "seed", "lora_r", "warmup", "eval_n"):
-            check(getattr(self, flag) >= 0, flag, "must be at least 0")
+            check(0 <= getattr(self, flag) < 2**63, flag, "must be at least 0, and below 2^63")
         check(0 <= self.eps_low < 1, "eps_low", "must be in [0, 1)")
         check(not self.data or Path(self.data).is_file(), "data", "no such file")
         check(not self.data_dir or Path(self.data_dir).is_dir(), "data_dir", "no such folder")
@@ -254,7 +254,7 @@ def template_text(prompt: str) -> str:
     text = prompt
     try:
         if prompt and "\n" not in prompt:
-            text = Path(prompt).read_text(encoding="utf-8").strip() + "\n"
+            text = Path(prompt).read_text(encoding="utf-8-sig").strip() + "\n"
         parse_template(text)
     except FileNotFoundError:
         raise ValueError(f"--prompt {prompt}: no such file") from None
@@ -277,6 +277,8 @@ def parse_template(text: str) -> Template:
     template = Template(**{"user": ""} | dict(zip(names, parts)))
     if not PLACEHOLDER.search(template.user):
         raise ValueError("[user] must hold {prompt}, or {question} for it without our instructions")
+    if PLACEHOLDER.search(template.system + template.answer):
+        raise ValueError("{prompt} and {question} stand in [user] only")
     return template
 
 
@@ -323,6 +325,10 @@ def parse(argv: list[str]) -> tuple[Config, Mode]:
     log = Path(cfg.out or "nowhere") / "events.jsonl"
     if writes and log.exists() and log.stat().st_size:  # empty: it failed before it began
         raise ValueError(f"--out {cfg.out} holds a run: continue it with --resume, or name another")
+    if writes and cfg.out and model.holds_weights(cfg.out):
+        raise ValueError(f"--out {cfg.out} holds a model: name another folder")
+    for flag in ("data", "eval_also") * mode.eval_only:
+        checker(cfg)(not getattr(cfg, flag), flag, "--eval-only takes the test split of --task")
     for length in mode.lengths:
         block = min(cfg.block, length)
         if length < 1 or block % 2 or length % block:
@@ -434,8 +440,10 @@ def model_defaults(path: str) -> dict:
 
 
 def bring_defaults(path: str, out: str | Path) -> None:
-    """Write the defaults.json of a model, if it has one, beside what was made of it."""
+    """Write the defaults.json of a model, if it has one, beside the full weights made of it."""
     own, file = model_defaults(path), Path(out) / "defaults.json"
+    for part in (own.get("settings", {}), *own.get("by_task", {}).values()):
+        part.pop("quantize", None)  # they are not
     if own and not file.exists():
         file.write_text(json.dumps(own, indent=2) + "\n")
 
@@ -444,7 +452,8 @@ def carry_on(cfg: Config) -> dict:
     """The defaults.json of a checkpoint of this run: its model's, with the shape it trained in and
     how it was asked."""
     own = model_defaults(cfg.model)
-    kept = "C T block order cache quantize B G select minibatches prompt train_set weights".split()
+    kept = "C T block order temperature cache quantize B G select minibatches prompt".split()
+    kept += ["train_set", "weights"]
     kept += ["K"] * (cfg.select != "all")  # there it is T, of which another rule would take all
     by_task = own.get("by_task", {})
     task = by_task.get(cfg.task, {}) | {name: getattr(cfg, name) for name in kept}
@@ -457,6 +466,8 @@ def newest(path: str) -> str:
     for folder in (Path(path) / "checkpoints" / name for name in ("best", "latest")):
         if folder.exists():
             return str(folder.resolve())
+    if (Path(path) / "events.jsonl").exists() and not model.holds_weights(path):
+        raise ValueError(f"--model {path}: a run that has no checkpoint")
     return str(Path(path).resolve()) if Path(path).is_symlink() else path
 
 

@@ -100,6 +100,11 @@ class Row(dict):
         self.where = where
 
 
+MALFORMED = (  # what building a problem of a bad row raises; the last two on a mad program
+    LookupError, TypeError, ValueError, AttributeError, SyntaxError, RecursionError, MemoryError,
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Task:
     """Where the problems of one task come from, and how a completion is judged."""
@@ -160,13 +165,15 @@ class Task:
         where = getattr(row, "where", "") or f"row {name}"
         try:
             prompt, answer = self.build(row)
+            if not isinstance(prompt, str):
+                raise TypeError(f"the prompt is {prompt!r:.60}, not a text")
+            return Problem(self.name, prompt, answer, f"{self.name}/{row.get('task_id', name)}")
         except Unusable as error:
             raise Unusable(f"{where}: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError, SyntaxError) as error:
+        except MALFORMED as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
             message = f"{where}: {what}; a row of {self.name} holds {self.fields}"
             raise ValueError(message) from error
-        return Problem(self.name, prompt, answer, f"{self.name}/{row.get('task_id', name)}")
 
     def reward(self, completion: str, problem: Problem) -> Reward:
         """What this completion (cut at its first end token) is worth; never raises."""
@@ -266,7 +273,7 @@ def read_file(path: Path) -> list[Row]:
     """The rows of a .jsonl, .jsonl.gz or .csv file. ValueError names the malformed line."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected rows as JSON lines or CSV")
-    is_csv, utf8 = path.suffix == ".csv", "utf-8-sig"  # spreadsheets begin with a mark
+    is_csv, utf8 = path.suffix.lower() == ".csv", "utf-8-sig"  # spreadsheets begin with a mark
     rows, number = [], int(is_csv)
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding=utf8) as lines:
@@ -286,6 +293,7 @@ def read_file(path: Path) -> list[Row]:
 def parse_line(line: str) -> dict | None:
     """The JSON object of a line; None for a blank one."""
     row = json.loads(line) if line.strip() else None
+    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
     if not isinstance(row, dict | None):
         raise ValueError(f"found {line.strip()[:40]}")
     return row
@@ -342,13 +350,13 @@ def well_formed(completion: str) -> float:
 
 def number(text: str) -> Fraction | None:
     """The first number after the last equals sign, exactly: -3, $1,234.50, .5, 3/4, and as LaTeX
-    writes them. None where it is only the beginning of a product, a power or a root."""
+    writes them. None where it is only the beginning of a product, a power (2e6 too) or a root."""
     text = re.sub(r"\\[,!]|[{](?=,})|(?<={,)[}]", "", text).replace("−", "-")
     text = re.sub(r"\\[dt]?frac{(\d+)}{(\d+)}", r"\1/\2", text)
     digits = r"\d{1,3}(?:,\d{3}){1,9}(?!\d)|\d{1,40}"
     pattern = rf"(-?)\$? ?((?:{digits})(?:\.\d{{1,40}})?|\.\d{{1,40}})(?:/(\d{{1,40}}))?"
     for part in reversed(text.split("=")):
-        if re.search(r"\\(times|cdot|sqrt|d?frac)|\^", part):
+        if re.search(r"\\(times|cdot|sqrt|d?frac)|\^|\de[+-]?\d", part):
             return None
         if found := re.search(pattern, part, re.ASCII):
             sign, above, below = found.groups()
@@ -634,7 +642,8 @@ WORDED = (
 
 
 def gsm8k_build(row: dict) -> tuple[str, Fraction]:
-    gold = number(str(row["answer"]).rpartition("####")[2])
+    plain = isinstance(row["answer"], str | int | float)
+    gold = number(str(row["answer"]).rpartition("####")[2]) if plain else None
     if gold is None:
         raise ValueError(f"no number in the answer {str(row['answer'])[-40:]!r}")
     return WORDED + text_of(row, "question"), gold

@@ -8,8 +8,9 @@ at t is "positions with when == t". Time here is generation order: t = 0 sees on
 diffusion literature counts the other way). The reward comes at the end.
 
 The gradient. grad J = sum_t E[A_t grad log pi(a_t | s_t)], A_t = r - V(s_t), for any baseline V
-that looks only at the state; no likelihood of a sequence is needed. Over all steps it is exact,
-over steps fixed beforehand their part of it; tests/test_exact.py prints what a shortcut costs.
+that looks only at the state; no likelihood of a sequence is needed. Over all steps it is exact but
+for the jumps of a ranking (2), over steps fixed beforehand their part of it; tests/test_exact.py
+prints what a shortcut costs.
 
   act      rollout              x_i ~ softmax(logits_i / temperature), the R surest are revealed
   choose   select_steps         the K steps of highest entropy H_t (the paper's), or others
@@ -26,7 +27,8 @@ has data, prompts, rewards and settings):
  1. A move is scored at the sampling temperature; all that follows the logits is float32 or more.
  2. `--likelihood exact` is the probability of the whole move, the choice of positions included;
     the product of token probabilities (`tokens`, the paper's) is exact only for random order, or
-    where a step reveals all that its block hides (`--block` C/T).
+    where a step reveals all that its block hides (`--block` C/T). Where two draws tie in sureness
+    the expected reward jumps, for another is revealed then: no derivative sees that, neither does.
  3. The guess is read off the forward pass that gives the old log-probability of a selected move,
     made for it where nothing else needs one: K wide heads per trajectory rather than T.
  4. The final and the one-step reward are the same function, format terms included: they cancel in
@@ -71,7 +73,7 @@ import plan
 import run as running
 from config import Config, parse
 from model import draw, invert, logits_at, most_probable, pick, places, texts, with_completion
-from run import Ranks, Run, Tally, batch, clip_gradients, demand_finite, set_learning_rate, uniform
+from run import Ranks, Run, Tally, batch, demand_finite, set_learning_rate, sum_and_clip, uniform
 
 # ---- train ---------------------------------------------------------------------------------------
 
@@ -213,11 +215,9 @@ def rollout(
 
 
 def unfinished(done_N: Tensor, shard: bool) -> Tensor:
-    """The rows to decode: those that have not ended, and others up to a quarter of N.
-
-    So the batch takes at most four sizes. What rows that have ended decode is thrown away. With
-    `shard` all of them: every rank must call the network equally often.
-    """
+    """The rows to decode: those that have not ended, and others up to the next quarter of N, so
+    that the batch has at most four sizes. What rows that have ended decode is thrown away. With
+    `shard` all of them: every rank must call the network equally often."""
     quarter = -(-len(done_N) // 4)
     live = len(done_N) if shard else int((~done_N).sum())
     return done_N.int().argsort(stable=True)[: -(-live // quarter) * quarter]
@@ -248,9 +248,10 @@ def select_steps(entropy_NT: Tensor, K: int, how: str, u_NT: Tensor | None = Non
 
     The gradient lost by leaving a step out is bounded by its entropy (section 4), so `entropy`
     keeps the K largest. `uniform` takes the last of each of K equal parts, `random` any K (`u_NT`),
-    `all` every step, in order of time; steps after a row's end (entropy -inf) come last, and only
-    where nothing else is. `sampled` draws K times with the chances of `step_chances`: one may come
-    twice, and they stay unsorted: a slot's mean is a baseline only if it cannot tell the time.
+    all in order of time; steps after a row's end (entropy -inf) come last, and only where nothing
+    else is. `all` takes every step, dead ones too. `sampled` draws K times with the chances of
+    `step_chances`: one may come twice, and they stay unsorted: a slot's mean is a baseline only if
+    it cannot tell the time.
     """
     live_NT = entropy_NT > -math.inf
     t = torch.arange(entropy_NT.shape[1], device=entropy_NT.device)
@@ -476,7 +477,7 @@ def update(policy, optimizer, moves: Moves, cfg: Config, ranks: Ranks, tally: Ta
             tally.add(name, value_SU, mb.live_SU)
         ratios.append(stats["ratio/mean"])
         tally.peak("ratio/max", torch.where(mb.live_SU, ratios[-1], 0))
-    norm = clip_gradients(parameters, cfg, ranks)
+    norm = sum_and_clip(parameters, cfg, ranks)
     demand_finite("gradient norm", norm, ranks)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -492,8 +493,7 @@ def clipped_loss(logp_SU: Tensor, token_SU: Tensor, mb: Moves, cfg: Config) -> t
     """The surrogate of section 4 [S, U], and its statistics by name, each [S, U].
 
     [-min(ratio A, clip(ratio) A) + beta k3] / R, where ratio = exp(logp - old) and k3 is of the
-    tokens, whatever the likelihood counts. R, the tokens of a ratio, keeps a step of many from
-    outweighing one of few.
+    tokens, whatever the likelihood counts. R is the tokens of a ratio: a constant, as published.
     """
     old_SU = logp_SU.detach() if mb.old_SU is None else mb.old_SU
     ratio_SU = (logp_SU - old_SU).clamp(-FARTHEST, FARTHEST).exp()
@@ -545,8 +545,9 @@ def exact_logp(logits_SJV, temperature: float, hidden_SJ, at_SR, token_SR, drawn
     log pi = sum_revealed log p_i(x_i) + sum_losers log F_j(c_min): positions draw independently, so
     each loser must have drawn something no surer, at temperature 1, than the least sure winner
     (ties go to the earlier position). What a loser did draw counts always: under another policy or
-    another precision it may be surer than the floor, and F_j would fall to nothing. Differentiable
-    almost everywhere: which tokens count for F is piecewise constant.
+    another precision it may be surer than the floor, and F_j would fall to nothing; so away from
+    the policy that drew, the chances of all moves add up to more than 1. Differentiable almost
+    everywhere: which tokens count for F is piecewise constant.
     """
     logp_SJV = torch.log_softmax(logits_SJV / temperature, dim=-1)
     sure_SJV = torch.log_softmax(logits_SJV.detach(), dim=-1)

@@ -40,8 +40,8 @@ grad_norm, lr; entropy/mean, entropy/sel (of the selected steps); len/mean, len/
 (rows without an end token); cache/weight, cache/kl; seconds t/PHASE and t/total, eta_s, tok_s;
 mem/peak_gb; and what the run took so far on all ranks: compute/samples, compute/updates,
 compute/forwards (passes of a row through the network; a backward counts as two, over frozen
-weights as one) and compute/tflop. Another one is a `tally.add` in the trainer: readers take
-whatever they find.
+weights as one, and what fills up a micro-batch not) and compute/tflop. Another one is a
+`tally.add` in the trainer: readers take whatever they find.
 
 After `meta` with resume k, a reader forgets the steps, samples and groups from k on. What it does
 not know, kinds and fields, it ignores; a line that it cannot use, it counts.

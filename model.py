@@ -665,6 +665,11 @@ def find_folder(path: str | Path, kinds: Iterable[str] = KINDS) -> Path:
     )
 
 
+def holds_weights(folder: str | Path) -> bool:
+    """Is there a model that a new one, or a run, would write over?"""
+    return any(Path(folder).glob("*.safetensors*"))
+
+
 def adapter_rank(path: str | Path) -> int:
     """The rank of a folder's adapter; 0 where it holds none."""
     file = find_folder(path) / "adapter_config.json"

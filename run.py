@@ -86,7 +86,7 @@ class Ranks:
         return parts
 
 
-def clip_gradients(parameters: list[nn.Parameter], cfg: Config, ranks: Ranks) -> Tensor:
+def sum_and_clip(parameters: list[nn.Parameter], cfg: Config, ranks: Ranks) -> Tensor:
     """Add up the gradients of all ranks, clip them, and return their norm before that.
 
     A gradient is already divided by the count of all ranks, so the sum is the mean. With --shard
@@ -486,7 +486,12 @@ def load_run(cfg: Config, ranks: Ranks, resume: bool) -> tuple[Run, int]:
     if resume:
         log = EventLog(cfg.out, ranks.rank)  # first of all: is nobody else writing it?
         latest, saved = out / "checkpoints" / "latest", checkpoints(out / "checkpoints")
+        for name in ("latest", "best"):
+            if (linked := out / "checkpoints" / name).is_dir() and not linked.is_symlink():
+                raise ValueError(f"--resume: {linked} should be a link, not a copy: remove it")
         newest = latest.resolve() if latest.exists() else saved[-1] if saved else None
+        if not newest and latest.is_symlink():
+            raise ValueError(f"--resume: {latest.resolve()} is gone, and no other is left")
         checkpoint = ranks.gather(newest)[0]
         if not all(ranks.gather(checkpoint is None or checkpoint.exists())):
             raise ValueError(f"--out {out}: not one folder for all ranks, some lack {checkpoint}")
@@ -538,11 +543,13 @@ def load_problems(cfg: Config, split: str, most: int = 0) -> list[data.Problem]:
         data.sandbox(cfg.unsafe_code)  # says now, before a model is loaded, what this machine lacks
     problems = task.load(split, cfg.data_dir or None, cfg.train_set or None, cfg.data or None)
     try:
-        parts = task.reward("", problems[0]).parts
+        reward = task.reward("", problems[0])
     except Exception as error:  # no bad input, but a mistake in the code of a judge
         raise RuntimeError(f"the judge of {task.name} fails on an empty completion") from error
-    if unknown := {*cfg.part_weights} - {*parts}:
-        known = f"a reward of {task.name} has {' and '.join(parts)}"
+    if not isinstance(reward, data.Reward):
+        raise ValueError(f"the judge of {task.name} must return a data.Reward, not {reward!r:.40}")
+    if unknown := {*cfg.part_weights} - {*reward.parts}:
+        known = f"a reward of {task.name} has {' and '.join(reward.parts)}"
         raise ValueError(f"--weights {cfg.weights}: no {' '.join(sorted(unknown))}; {known}")
     template = cfg.template
     return [template.asked(problem, task.asks) for problem in problems[: most or None]]
@@ -731,7 +738,9 @@ def read_state(file: Path, device: torch.device | str, mmap: bool = False) -> di
     """What torch.save wrote there; ValueError names a file that is damaged."""
     try:
         return torch.load(file, map_location=device, weights_only=True, mmap=mmap)
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing; `latest` may point at an older checkpoint") from None
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
         raise ValueError(f"{file} is damaged or cut short") from None
 
 
@@ -784,20 +793,30 @@ def note_validation(run: Run, step: int, told: dict[str, dict]) -> None:
     folder, m = Path(run.cfg.out) / "checkpoints", told["val"]
     if run.ranks.rank > 0 or not (folder / f"step-{step}").exists():
         return
-    best = folder / "best" / "validation.json"
-    record = json.loads(best.read_text())["accuracy"] if best.exists() else -1
+    record = validation(folder / "best").get("accuracy", -1)
     note = {"step": step, "split": "val", **m, "also": {task: told[task] for task in run.others}}
     put(folder / f"step-{step}" / "validation.json", json.dumps(compact(note)))
     if compact(m["accuracy"]) > record:  # which was rounded so
         link(folder / "best", f"step-{step}")
 
 
+def validation(checkpoint: Path) -> dict:
+    """What its validation.json says; empty without one that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return model.read_json(checkpoint / "validation.json")
+    return {}
+
+
 def put(file: Path, text: str) -> None:
     """Write a small file: the old one or the new one is there, whenever we are killed."""
     temporary = file.with_name(f".{file.name}")
-    temporary.write_text(text + "\n")
-    sync(temporary)
-    os.replace(temporary, file)
+    try:
+        temporary.write_text(text + "\n")
+        sync(temporary)
+        os.replace(temporary, file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {file}: {error}") from None
 
 
 def sync(path: Path) -> None:
@@ -830,33 +849,38 @@ def evaluate_only(run: Run, mode: Mode, evaluate: Callable) -> None:
     """The test split by `egspo.evaluate`, once for each length: a table on the terminal, and files
     in --out (by default beside the weights), one of the figures and one of each length's answers.
     """
-    cfg, n, results, before = run.cfg, mode.samples, [], Path(run.cfg.model) / "validation.json"
+    cfg, n, results = run.cfg, mode.samples, []
     file = Path(cfg.out) / f"test-{cfg.task}{'-samples' * bool(n)}.json"
-    if before.exists():
-        m = model.read_json(before)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once; what is written stays
+    if m := validation(Path(cfg.model)):
         say(f"{cfg.model}: validation accuracy {m['accuracy']} after {m['step']} steps")
     how = f"{n} samples each" if n else "greedy"
     say(f"{len(run.test_set)} test problems of {cfg.task}, {how}")
     say(EVALUATED)
-    with enough_memory(cfg, lambda told: SystemExit(complain(told, 1))):
-        for length in mode.lengths or (0,):
-            shape = dict(C=length, T=length // 2, block=min(cfg.block, length)) if length else {}
-            at_length = replace(cfg, **shape, K=1, minibatches=1)
+    for length in mode.lengths or (0,):
+        shape = dict(C=length, T=length // 2, block=min(cfg.block, length)) if length else {}
+        at_length = replace(cfg, **shape, K=1, minibatches=1)
+        with enough_memory(cfg, lambda told: SystemExit(complain(told, 1))):
             m = evaluate(run, run.test_set, at_length, n, said := [])
-            say_evaluation(at_length, m)
-            put_answers(file.with_name(f"{file.stem}-{at_length.C}.jsonl"), said, run)
-            what = {"task": cfg.task, "split": "test", "length": at_length.C, "T": at_length.T}
-            results.append(what | m)
-    if run.ranks.rank == 0:
-        put(file, json.dumps(compact(results), indent=1))
-        say(f"written: {file}, and the answers of each length in {file.stem}-LENGTH.jsonl")
+        say_evaluation(at_length, m)
+        what = {"task": cfg.task, "split": "test", "length": at_length.C, "T": at_length.T}
+        results.append(what | m)
+        rows = answer_rows(run, said)
+        if run.ranks.rank == 0:
+            text = "\n".join(json.dumps(row, default=str, skipkeys=True) for row in rows)
+            try:
+                put(file, json.dumps(compact(results), indent=1))
+                put(file.with_name(f"{file.stem}-{at_length.C}.jsonl"), text)
+            except OSError as error:
+                raise SystemExit(complain(error, 1)) from None
+    say(f"written: {file}, and the answers of each length in {file.stem}-LENGTH.jsonl")
 
 
-def put_answers(file: Path, said: list[tuple], run: Run) -> None:
+def answer_rows(run: Run, said: list[tuple]) -> list[dict]:
     """All ranks' answers in the order of the problems, as rows that `data.py --score` reads."""
     place = {problem.id: i for i, problem in enumerate(run.test_set)}
     said = [each for part in run.ranks.gather(said) for each in part]
-    rows = [
+    return [
         {
             "id": problem.id, "question": problem.prompt, "answer": problem.answer,
             "completion": run.cfg.template.answer + answer, "correct": reward.correct,
@@ -864,8 +888,6 @@ def put_answers(file: Path, said: list[tuple], run: Run) -> None:
         }
         for problem, answer, reward in sorted(said, key=lambda each: place[each[0].id])
     ]  # fmt: skip
-    if run.ranks.rank == 0:
-        put(file, "\n".join(json.dumps(row, default=str) for row in rows))
 
 
 def pass_at(tally: Tally, rewards: list[data.Reward], n: int) -> None:
@@ -901,11 +923,15 @@ def merge(cfg: Config) -> int:
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     policy = model.load(cfg.model, "cpu", dtype)
     model.merge_lora(policy)
-    model.save(policy, cfg.out)
-    model.load_tokenizer(cfg.model).save_pretrained(cfg.out)
-    model.bring_ends(cfg.model, cfg.out)
-    bring_defaults(cfg.model, cfg.out)
-    (Path(cfg.out) / "README.md").write_text(model_card(cfg))
+    try:
+        model.save(policy, cfg.out)
+        model.load_tokenizer(cfg.model).save_pretrained(cfg.out)
+        model.bring_ends(cfg.model, cfg.out)
+        bring_defaults(cfg.model, cfg.out)
+        (out / "README.md").write_text(model_card(cfg))
+    except OSError as error:
+        shutil.rmtree(out, ignore_errors=True)  # ours: it was empty
+        raise ValueError(f"--out {out}: {error}") from None
     say(f"written: {cfg.out}, with a README.md to complete; to publish it:")
     say(f"  hf upload OWNER/{Path(cfg.out).name} {cfg.out}")
     return 0
@@ -915,12 +941,11 @@ def model_card(cfg: Config) -> str:
     """What a hub shows of a merged model: where it comes from, how it was trained and decoded, and
     its score on the validation split, if that was taken."""
     folder = model.find_folder(cfg.model)
-    base, file = model.adapter_base(folder), folder / "validation.json"
-    score = ""
-    if file.exists():
-        m = json.loads(file.read_text())
+    base, score = model.adapter_base(folder), ""
+    if m := validation(folder):
         interval = f"95 % interval {m['lo']:.1%} to {m['hi']:.1%}, {m['n']} problems"
-        score = f"Validation accuracy {m['accuracy']:.1%} ({interval}), greedy decoding.\n"
+        rounded = ", over the base rounded to nf4" * (cfg.quantize == "nf4")
+        score = f"Validation accuracy {m['accuracy']:.1%} ({interval}), greedy decoding{rounded}.\n"
     return (
         f"---\nbase_model: {base}\ntags: [masked-diffusion, reinforcement-learning]\n---\n"
         f"# {Path(cfg.out).name}\n\n{base}, trained by reinforcement learning on {cfg.task} "

@@ -190,7 +190,8 @@ def output_problem(name: str, row: Row) -> Problem:
     """The problem that an output answers. A GSM8K answer of null makes every completion wrong."""
     fields, question, answer = dict(row), str(row.get("question")), row["answer"]
     if isinstance(answer, dict):
-        if "job" in answer:  # a problem of ours, its row already read
+        job = answer.get("job")
+        if isinstance(job, dict) and job.keys() >= {"names", "before", "setup", "tests"}:
             return Problem(name, question, answer, row.where)
         fields = answer
     elif name == "gsm8k" and answer is None:

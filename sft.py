@@ -3,7 +3,7 @@
 Masked-diffusion supervised fine-tuning (LLaDA, arXiv 2502.09992, section 2.3): hide each token of
 the completion with a probability drawn for the row, and learn the hidden tokens from all others.
 
-    python sft.py --task sudoku countdown toycode --out tiny             # the embedded model
+    python sft.py --task sudoku countdown toycode --out FOLDER           # the embedded model
     python sft.py --model FOLDER_OR_HUB_ID --data rows.jsonl --out warm  # any other's cold start
     python sft.py --adapt --model SmolLM2 --data rows.jsonl --out masked # an autoregressive one's
 
@@ -84,12 +84,12 @@ class Recipe:
         for flag in ("steps", "batch", "micro", "C", "eval_every", "save_every"):
             check(getattr(self, flag) >= 1, flag, "must be at least 1")
         for flag in ("warmup", "lora_r", "seed"):
-            check(getattr(self, flag) >= 0, flag, "must be at least 0")
+            check(0 <= getattr(self, flag) < 2**63, flag, "must be at least 0, and below 2^63")
         check(0 < self.lr < 1, "lr", "must be above 0 and below 1")
         check(not self.data or Path(self.data).is_file(), "data", "no such file")
         check(not self.lora_r or self.model, "lora_r", "adapters need a --model to adapt")
         check(not self.adapt or self.model, "adapt", "say which --model")
-        check(self.out, "out", "say where the model goes (the embedded one: --out tiny)")
+        check(self.out, "out", "say where the model goes")
         same = self.model and Path(self.out).resolve() == Path(self.model).resolve()
         check(not same, "out", "would overwrite --model: name another folder")
 
@@ -171,9 +171,11 @@ def read_rows(file: str) -> list[Demonstration]:
     rows = []
     for row in read_file(Path(file)):
         try:
-            told = reasoned(row) if "question" in row else row
+            told = reasoned(row) if "question" in row and "completion" not in row else row
+            if not told["completion"].strip():
+                raise ValueError(f"--data {row.where}: the completion is empty")
             rows.append(("data", told["prompt"] + "", told["completion"] + ""))
-        except (TypeError, KeyError):
+        except (TypeError, KeyError, AttributeError):
             want = '{"prompt": "...", "completion": "..."}'
             raise ValueError(f"--data {row.where}: not {want}") from None
     if len(rows) < 2:
@@ -184,6 +186,8 @@ def read_rows(file: str) -> list[Demonstration]:
 def reasoned(row: dict) -> dict:
     """From a row of GSM8K: steps, <<3*4=12>> where a calculator was used, ####, and a number."""
     steps, _, number = re.sub("<<.*?>>", "", row["answer"]).partition("####")
+    if not number.strip():
+        raise ValueError(f"--data {row.where}: the answer does not end in #### and a number")
     answer = f"<answer>\n\\boxed{{{number.strip()}}}\n</answer>"
     told = f"<reasoning>\n{steps.strip()}\n</reasoning>\n{answer}"
     return {"prompt": WORDED + row["question"], "completion": told}
@@ -539,6 +543,8 @@ def checkpoint_of(cfg: Recipe) -> dict | None:
             )
         if (file.parent / "events.jsonl").exists():
             raise ValueError(f"--out {cfg.out} holds a run already: name another folder")
+        if model.holds_weights(cfg.out):
+            raise ValueError(f"--out {cfg.out} holds a model already: name another folder")
         return None
     if not file.exists():
         raise ValueError(f"--resume: no {file}, so there is nothing to go on with")

@@ -1354,8 +1354,10 @@ def arguments() -> argparse.Namespace:
     add("--ascii", action="store_true", help="nothing but ASCII")
     add("--light", action="store_true", help="for a light terminal (default: as COLORFGBG says)")
     args = parser.parse_args()
-    if args.hz <= 0:
+    if not 0 < args.hz < math.inf:
         parser.error(f"--hz {args.hz:g}: must be above 0")
+    if not 0 <= args.replay < math.inf:
+        parser.error(f"--replay {args.replay:g}: must be at least 0")
     return args
 
 
@@ -1404,12 +1406,14 @@ def main() -> int:
     if args.serve and not served:
         return serve(args.serve)
     logs = [Log(path, args.replay, patience=20 if live else 0) for path in paths]
-    for log in logs:
+    for log in [*logs]:
         while log.poll(0.05) and not live:
             pass
         if log.history.bad == log.history.lines > 0:
             print(f"{log.path}: no event log, none of its lines is an event", file=sys.stderr)
-            return 2
+            if not args.list:
+                return 2
+            logs.remove(log)
     if any(log.history.newer for log in logs):
         print(f"the log is newer than version {SCHEMA}: update tui.py", file=sys.stderr)
         return 3

@@ -4,7 +4,6 @@
     python bench/study.py run tune              arms at several learning rates, on other seeds
     python bench/study.py run rates             entropy and random, each at the other's rate too
     python bench/study.py run planned           the arms of the planned contrasts, each at its best
-    python bench/study.py run closer            ten seeds more of those whose difference is small
     python bench/study.py run rest              the other arms, ten seeds
     python bench/study.py table GROUP           every run of a group, a line each
     python bench/study.py report                bench/study.md: contrasts, tables, pictures
@@ -105,7 +104,6 @@ GROUPS = {  # name -> tasks, arms, seeds
     "tune": (SEPARATE, TUNED, TUNING),
     "rates": (SEPARATE, ["entropy", "random"], range(10)),
     "planned": (SEPARATE, PLANNED_ARMS, range(10)),
-    "closer": (SEPARATE, ["entropy", "stepwise", "placebo", "exact"], range(10, 20)),
     "rest": (SEPARATE, [arm for arm in STUDIED if arm not in PLANNED_ARMS], range(10)),
 }
 
@@ -343,7 +341,8 @@ def report() -> None:
     lines += [
         "Every run starts from the same model. Its score is the share of 256 validation problems "
         "solved, averaged over the run: one that learns early scores more. Runs of equal seed "
-        "share batches and noise, so two arms are compared seed by seed, and an interval holds the "
+        "share batches and noise (all-few, of smaller batches, those of the first step only), so "
+        "two arms are compared seed by seed, and an interval holds the "
         "differences that a sign-flip test does not reject at 5 %, which supposes that they are "
         "symmetric (of six pairs it is their range). Learning rates are from seeds 100 and 101, "
         "which count nowhere else. Holm: p corrected for as many contrasts as were planned. "

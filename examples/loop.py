@@ -16,7 +16,7 @@ import torch
 
 import data
 from config import of_model
-from egspo import credit, gather_moves, log_probs, rollout, select_steps, update
+from egspo import choose_moves, credit, log_probs, rollout, update
 from model import chat_ids, left_pad, texts
 from run import Ranks, Tally, batch, load_policy, make_optimizer, uniform
 
@@ -36,8 +36,7 @@ def main(steps: int = 12) -> None:
         noise = uniform((cfg.T, 2, cfg.block), range(len(asked)), cfg.seed, step, "draw")
 
         roll = rollout(policy, *prompts, cfg, noise.to(ranks.device))  # act
-        t_NK = select_steps(roll.entropy_NT, cfg.K, cfg.select)  # choose
-        moves = gather_moves(roll, t_NK, c.mask_id)
+        moves = choose_moves(roll, cfg, policy, step, range(len(asked)))  # choose
         old_SU, _, guess_SC = log_probs(policy, moves, cfg, guess=True)
         with torch.no_grad():
             _, ref_SU, _ = log_probs(reference, moves, cfg)

@@ -67,7 +67,7 @@ def test_a_models_own_defaults_are_of_its_task_and_flags_come_before_them(tmp_pa
 
 
 def test_a_checkpoint_carries_on_with_its_task_and_shape_and_knows_the_other_tasks(tmp_path):
-    changes = dict(C=16, T=4, block=8, B=3, G=5, K=2, select="uniform")
+    changes = dict(C=16, T=4, block=8, B=3, G=5, K=2, select="uniform", temperature=0.5)
     trained = dataclasses.replace(config.of_model("tiny", "countdown"), **changes)
     assert all(getattr(trained, name) != getattr(config.Config(), name) for name in SHAPE)
     path = write(tmp_path / "first", defaults=config.carry_on(trained))
@@ -80,6 +80,14 @@ def test_a_checkpoint_carries_on_with_its_task_and_shape_and_knows_the_other_tas
     path = write(tmp_path / "second", defaults=config.carry_on(again))
     assert config.of_model(path) == dataclasses.replace(again, model=path)
     assert config.of_model(path, "countdown") == dataclasses.replace(trained, model=path)
+
+
+def test_full_weights_are_not_rounded_again_by_the_defaults_they_bring(tmp_path):
+    trained = dataclasses.replace(config.of_model("tiny"), quantize="nf4", lora_r=4)
+    path = write(tmp_path / "adapter", defaults=config.carry_on(trained))
+    (tmp_path / "merged").mkdir()
+    config.bring_defaults(path, tmp_path / "merged")
+    assert config.of_model(str(tmp_path / "merged")).quantize == "none"
 
 
 def test_what_a_checkpoint_was_trained_by_binds_no_other_rule_or_method(tmp_path):
@@ -130,6 +138,15 @@ def test_modes_exclude_each_other_and_none_writes_over_a_run(tmp_path):
             config.parse(["--out", str(tmp_path), "--resume", other])
     with pytest.raises(ValueError, match="holds a run"):
         config.parse(["--model", "tiny", "--out", str(tmp_path), "--merge"])
+    with pytest.raises(ValueError, match="a run that has no checkpoint"):
+        config.parse(["--model", str(tmp_path), "--out", "x"])
+
+
+def test_no_run_is_written_over_a_model(tmp_path):
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    for path in (str(tmp_path), str(config.model.find_folder("tiny"))):
+        with pytest.raises(ValueError, match="holds a model"):
+            config.parse(["--model", "tiny", "--out", path])
 
 
 def test_every_flag_says_what_it_does():

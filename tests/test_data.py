@@ -276,7 +276,8 @@ def test_countdown_splits_share_no_problem_in_any_order_and_each_is_solvable():
      ("5/0", 5),
      ("70\\text{ minutes}", 70), ("x =", None), ("= 7 =", 7), ("10,000,000", 10**7),
      ("3{,}000", 3000), ("3,\\!000", 3000), ("3\\,000", 3000), ("−4", -4), ("\\frac{6}{2}", 3),
-     ("3\\times 4 = 12", 12), ("3\\times 10^2", None), ("2^3", None), ("4\\sqrt{2}", None)],
+     ("3\\times 4 = 12", 12), ("3\\times 10^2", None), ("2^3", None), ("4\\sqrt{2}", None),
+     ("2.5e6", None), ("5e-07", None)],
 )  # fmt: skip
 def test_a_number_is_read_exactly(text, value):
     assert data.number(text) == value
@@ -537,7 +538,9 @@ def test_your_own_rows_train_any_task_and_a_tenth_of_them_validates(tmp_path):
      ('{"question": "?", "answer": 1}\n\n{"question": "?"}', 3, "no field 'answer'"),
      ('{"question": "?", "answer": "none"}', 1, "no number in the answer 'none'"),
      ("[1]", 1, "a JSON object a line"), ('{"question": 3, "answer": 1}', 1, "must be a text"),
-     ("\x00", 1, "a JSON object a line"), ("", None, "no rows")],
+     ("\x00", 1, "a JSON object a line"), ("", None, "no rows"),
+     ('{"question": "?", "answer": [1, 2]}', 1, "no number in the answer '[1, 2]'"),
+     ('{"question": "half \\ud83d", "answer": 1}', 1, "surrogates not allowed")],
 )  # fmt: skip
 def test_a_malformed_file_is_named_with_its_line_and_a_reason(tmp_path, text, line, expected):
     file = tmp_path / "mine.jsonl"

@@ -96,9 +96,11 @@ BAD = [
     (None, "no such file"),
     ("[user]\nWhat is it?\n", "[user] must hold {prompt}"),
     ("[answer]\n<reasoning>\n", "[user] must hold {prompt}"),
+    ("\ufeff[user]\nAs Windows begins a file\n", "[user] must hold {prompt}"),
     ("[user]\n{prompt}\n[opening]\n<reasoning>\n", "found '[user] [opening]'"),
     ("[user]\n{prompt}\n[user]\n{prompt}\n", "found '[user] [user]'"),
     ("{prompt}\n", "found '{prompt}'"),
+    ("[user]\n{prompt}\n[answer]\n{question}\n", "stand in [user] only"),
     (b"[user]\n{prompt}\n\xff", "utf-8"),
 ]
 

@@ -214,6 +214,36 @@ def test_a_damaged_optimizer_state_and_one_of_another_kind_are_named(toy, tmp_pa
     assert done.returncode == 2 and done.stderr == f"egspo: {file} is damaged or cut short\n"
 
 
+def test_a_run_whose_links_are_copies_or_whose_checkpoints_are_gone_is_not_resumed(toy, tmp_path):
+    out = tmp_path / "copied"
+    train(toy, out, "--steps", 2)
+    folder = out / "checkpoints"
+    shutil.copytree(folder, tmp_path / "links")  # as object stores and archives do it
+    shutil.rmtree(folder)
+    (tmp_path / "links").rename(folder)
+    done = run("--out", out, "--resume", "--steps", 3)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"{folder / 'latest'} should be a link" in done.stderr
+    for name in ("latest", "best", "step-2"):
+        shutil.rmtree(folder / name)
+    (folder / "latest").symlink_to("step-2")
+    before = (out / "events.jsonl").read_bytes()
+    done = run("--out", out, "--resume", "--steps", 3)
+    assert done.returncode == 2 and "step-2 is gone" in done.stderr
+    assert (out / "events.jsonl").read_bytes() == before
+
+
+def test_a_damaged_note_of_the_validation_stops_nothing(toy, tmp_path):
+    out = tmp_path / "noted"
+    train(toy, out, "--steps", 2)
+    note = (out / "checkpoints" / "best").resolve() / "validation.json"
+    note.write_text('{"step": 2, "acc')
+    done = run("--model", out, *SMALL, "--eval-only")
+    assert done.returncode == 0, done.stderr
+    train(toy, out, "--resume", "--steps", 3)
+    assert events(out)[-1]["status"] == "finished"
+
+
 def test_resuming_a_finished_run_changes_nothing_and_steps_already_done_are_refused(whole):
     before = weights(whole), trainer(whole)
     done = run("--out", whole, "--resume")
@@ -355,6 +385,9 @@ BAD = [
     (["--quantize", "nf4", "--lora-r", "0"], "--quantize"),
     (["extra"], "extra"),
     (["--selct", "all"], "did you mean --select?"),
+    (["--seed", "9" * 20], "--seed"),
+    (["--eval-only", "--data", __file__], "--data"),
+    (["--eval-only", "--eval-also", "sudoku"], "--eval-also"),
 ]
 
 
@@ -406,7 +439,7 @@ def test_an_adapter_run_resumes_exactly_is_a_model_and_merges(toy, tmp_path):
     assert done.returncode == 0, done.stderr
     before = (tmp_path / "full" / "model.safetensors").read_bytes()
     done = run("--model", checkpoint, "--merge", "--out", tmp_path / "full")
-    assert done.returncode == 2 and "not a new folder" in done.stderr  # it may be the base
+    assert done.returncode == 2 and "holds a model" in done.stderr  # it may be the base
     assert (tmp_path / "full" / "model.safetensors").read_bytes() == before
     scores = []
     for path in (checkpoint, tmp_path / "full"):

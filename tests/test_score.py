@@ -145,9 +145,10 @@ def test_answers_that_an_evaluation_wrote_score_as_it_scored_them(name, tmp_path
     held = SimpleNamespace(
         test_set=problems, ranks=running.Ranks(), cfg=SimpleNamespace(template=config.Template())
     )
-    running.put_answers(tmp_path / "a.jsonl", list(zip(problems, answers, rewards))[::-1], held)
-    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    rows = running.answer_rows(held, list(zip(problems, answers, rewards))[::-1])
     assert [row["id"] for row in rows] == [problem.id for problem in problems]
+    lines = "\n".join(json.dumps(row, default=str) for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines)
     assert score.score(name, tmp_path / "a.jsonl")["correct"] == 3
 
 

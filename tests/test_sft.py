@@ -224,6 +224,16 @@ def test_a_row_without_a_completion_is_named_by_its_line_and_the_process_exits_w
     file.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     done = run("--data", file, "--out", tmp_path / "out", script=REPO / "sft.py")
     assert done.returncode == 2 and "line 2" in done.stderr
+    good = '{"prompt": "a", "question": "its other name", "completion": "b"}'
+    for bad, why in (
+        ('{"question": "2+2?", "answer": "4"}', "line 2: the answer does not end in"),
+        ('{"prompt": "a", "completion": " "}', "line 2: the completion is empty"),
+    ):
+        file.write_text(f"{good}\n{bad}\n")
+        with pytest.raises(ValueError, match=why):
+            sft.read_rows(str(file))
+    file.write_text(f"{good}\n{good}\n")
+    assert sft.read_rows(str(file)) == [("data", "a", "b")] * 2
 
 
 def test_rows_hold_any_character_and_stand_in_any_file_of_rows(tmp_path):
@@ -299,6 +309,10 @@ def test_a_run_that_was_stopped_and_goes_on_equals_one_that_was_not(tmp_path, to
     assert again.returncode == 2 and "nothing to go on with" in again.stderr
     again = run(*words, "--out", out, script=script)
     assert again.returncode == 2 and "holds a run already" in again.stderr
+    (out / "events.jsonl").rename(tmp_path / "aside")
+    again = run(*words, "--out", out, script=script)
+    assert again.returncode == 2 and "holds a model already" in again.stderr
+    (tmp_path / "aside").rename(out / "events.jsonl")
     assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
     assert not (out / "checkpoint.pt").exists()
@@ -311,11 +325,11 @@ def test_a_model_that_cannot_be_written_is_one_line_and_nothing_is_lost(tmp_path
     words = f"--model {toy} --data {backwards} --steps 3 --batch 8 --C 6 --no-compile".split()
     script, out = REPO / "sft.py", tmp_path / "out"
     assert run(*words, "--out", tmp_path / "whole", script=script).returncode == 0
-    (out / "model.safetensors").mkdir(parents=True)  # in the place of a full disk
+    (out / "config.json").mkdir(parents=True)  # in the place of a full disk
     failed = run(*words, "--out", out, script=script)
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1, failed.stderr
-    assert "model.safetensors" in failed.stderr and "--resume" in failed.stderr
-    (out / "model.safetensors").rmdir()
+    assert "config.json" in failed.stderr and "--resume" in failed.stderr
+    (out / "config.json").rmdir()
     done = run(*words, "--out", out, "--resume", script=script)
     assert done.returncode == 0, done.stderr
     whole = (tmp_path / "whole" / "model.safetensors").read_bytes()

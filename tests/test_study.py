@@ -166,6 +166,8 @@ def test_the_angle_between_an_arm_and_the_reference(arm, aslant):
     x_XD, ref_XD = (mean_D.expand(5, 2) for mean_D in both)
     grams = x_XD @ x_XD.T, x_XD @ ref_XD.T, ref_XD @ ref_XD.T
     assert estimator.compare(grams, torch.ones(5), 1.0)["aslant"] == pytest.approx(aslant, abs=1e-6)
+    away = x_XD @ x_XD.T, -(x_XD @ ref_XD.T), ref_XD @ ref_XD.T
+    assert estimator.compare(away, torch.ones(5), 1.0)["aslant"] == 1
     opposed_XD = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)  # no mean at all
     grams = opposed_XD @ opposed_XD.T, opposed_XD @ ref_XD[:2].T, ref_XD[:2] @ ref_XD[:2].T
     assert math.isnan(estimator.compare(grams, torch.ones(2), 1.0)["aslant"])

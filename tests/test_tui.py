@@ -779,6 +779,15 @@ def test_what_is_no_log_and_no_place_for_a_picture_is_one_line(runs, tmp_path):
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and told in done.stderr
     done = run(runs / "sudoku", "--plain", "--hz", 0)
     assert done.returncode == 2 and "--hz 0: must be above 0" in done.stderr
+    for speed in ("nan", "-1"):  # would never end
+        done = run(runs / "sudoku", "--plain", "--replay", speed)
+        assert done.returncode == 2 and f"--replay {speed}" in done.stderr
+    for name, text in (("one", "no event\n"), ("two", (runs / "live/events.jsonl").read_text())):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "events.jsonl").write_text(text)
+    done = run(tmp_path, "--list")
+    assert done.returncode == 0 and str(tmp_path / "two") in done.stdout
+    assert f"{tmp_path / 'one' / 'events.jsonl'}: no event log" in done.stderr
 
 
 def test_scripts_get_json_a_list_lines_and_pictures(runs, tmp_path):
