@@ -848,9 +848,13 @@ def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
 def evaluate_only(run: Run, mode: Mode, evaluate: Callable) -> None:
     """The test split by `egspo.evaluate`, once for each length: a table on the terminal, and files
     in --out (by default beside the weights), one of the figures and one of each length's answers.
+    Figures of other lengths stay.
     """
-    cfg, n, results = run.cfg, mode.samples, []
+    cfg, n, earlier = run.cfg, mode.samples, []
     file = Path(cfg.out) / f"test-{cfg.task}{'-samples' * bool(n)}.json"
+    with contextlib.suppress(OSError, ValueError):
+        earlier = json.loads(file.read_text())
+    results = {row["length"]: row for row in earlier}
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once; what is written stays
     if m := validation(Path(cfg.model)):
         say(f"{cfg.model}: validation accuracy {m['accuracy']} after {m['step']} steps")
@@ -864,12 +868,12 @@ def evaluate_only(run: Run, mode: Mode, evaluate: Callable) -> None:
             m = evaluate(run, run.test_set, at_length, n, said := [])
         say_evaluation(at_length, m)
         what = {"task": cfg.task, "split": "test", "length": at_length.C, "T": at_length.T}
-        results.append(what | m)
+        results[at_length.C] = what | m
         rows = answer_rows(run, said)
         if run.ranks.rank == 0:
             text = "\n".join(json.dumps(row, default=str, skipkeys=True) for row in rows)
             try:
-                put(file, json.dumps(compact(results), indent=1))
+                put(file, json.dumps(compact([*results.values()]), indent=1))
                 put(file.with_name(f"{file.stem}-{at_length.C}.jsonl"), text)
             except OSError as error:
                 raise SystemExit(complain(error, 1)) from None

@@ -493,9 +493,11 @@ def test_the_real_chat_templates_work_without_remote_code(tmp_path, toy):
 
 
 def test_evaluation_by_lengths_and_with_samples_writes_its_numbers(toy, tmp_path):
-    words = "--eval-only --lengths 4 8 --samples 4 --temperature 2.0".split()
-    done = run("--model", toy, *SMALL, *words, "--block", 4, "--T", 6, "--K", 1, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    words = "--eval-only --samples 4 --temperature 2.0".split()
+    for lengths in ((4, 8), (8,)):  # the second time the first length's figures stay
+        words += ["--lengths", *lengths]
+        done = run("--model", toy, *SMALL, *words, "--block", 4, "--T", 6, "--K", 1, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
     results = json.loads((toy / "test-letters-samples.json").read_text())
     assert [(r["length"], r["T"]) for r in results] == [(4, 2), (8, 4)]
     for r in results:
