@@ -5,6 +5,7 @@ python bench/monitor.py            # about a minute
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import itertools
 import json
@@ -123,8 +124,10 @@ def measure() -> dict[str, float]:
 
 
 def main() -> None:
-    figures = measure()
-    if "--json" in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="one JSON line")
+    args, figures = parser.parse_args(), measure()
+    if args.json:
         print(json.dumps(figures))
     else:
         for name, value in figures.items():
