@@ -145,7 +145,7 @@ def gradients(run: running.Run, batches: dict[str, int], file: Path) -> tuple[di
             L = roll.prompt_NP.shape[1] + cfg.C
             S = int(egspo.passed(moves, cfg).sum())
             _, cost = plan.step_cost(cfg, policy, L, roll.forwards, S)
-            flops[arm] = sum(cost.values())
+            flops.setdefault(arm, sum(cost.values()))  # of the first batch, which all arms have
         torch.save(kept, file)
     return {arm: torch.stack(rows[: batches[arm]]) for arm, rows in sketches.items()}, flops
 
