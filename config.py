@@ -440,10 +440,10 @@ def model_defaults(path: str) -> dict:
 
 
 def bring_defaults(path: str, out: str | Path) -> None:
-    """Write the defaults.json of a model, if it has one, beside the full weights made of it."""
+    """Write the defaults.json of a model, if it has one, beside what was made of it unquantised."""
     own, file = model_defaults(path), Path(out) / "defaults.json"
     for part in (own.get("settings", {}), *own.get("by_task", {}).values()):
-        part.pop("quantize", None)  # they are not
+        part.pop("quantize", None)  # or it would be rounded when it is read
     if own and not file.exists():
         file.write_text(json.dumps(own, indent=2) + "\n")
 

@@ -27,8 +27,8 @@ has data, prompts, rewards and settings):
  1. A move is scored at the sampling temperature; all that follows the logits is float32 or more.
  2. `--likelihood exact` is the probability of the whole move, the choice of positions included;
     the product of token probabilities (`tokens`, the paper's) is exact only for random order, or
-    where a step reveals all that its block hides (`--block` C/T). Where two draws tie in sureness
-    the expected reward jumps, for another is revealed then: no derivative sees that, neither does.
+    where a step reveals all that its block hides (`--block` C/T). Neither's gradient sees that the
+    expected reward jumps where two draws tie in sureness and another one is revealed.
  3. The guess is read off the forward pass that gives the old log-probability of a selected move,
     made for it where nothing else needs one: K wide heads per trajectory rather than T.
  4. The final and the one-step reward are the same function, format terms included: they cancel in
@@ -545,9 +545,9 @@ def exact_logp(logits_SJV, temperature: float, hidden_SJ, at_SR, token_SR, drawn
     log pi = sum_revealed log p_i(x_i) + sum_losers log F_j(c_min): positions draw independently, so
     each loser must have drawn something no surer, at temperature 1, than the least sure winner
     (ties go to the earlier position). What a loser did draw counts always: under another policy or
-    another precision it may be surer than the floor, and F_j would fall to nothing; so away from
-    the policy that drew, the chances of all moves add up to more than 1. Differentiable almost
-    everywhere: which tokens count for F is piecewise constant.
+    another precision it may be surer than the floor, and F_j would fall to nothing. It is then not
+    the probability of the move, but of what may stand in for it. Differentiable almost everywhere:
+    which tokens count for F is piecewise constant.
     """
     logp_SJV = torch.log_softmax(logits_SJV / temperature, dim=-1)
     sure_SJV = torch.log_softmax(logits_SJV.detach(), dim=-1)

@@ -78,7 +78,7 @@ def placebo() -> None:
         if early_S is None:
             return None
         early_BGK = early_S.view(-1, cfg.G, cfg.K)
-        # one of G meets itself again
+        # a permutation, so one in G keeps its own
         u = egspo.uniform(early_BGK.shape[1:], range(len(early_BGK)), cfg.seed, run.log.it, "mix")
         return early_BGK.gather(1, u.argsort(1)).flatten()
 

@@ -11,9 +11,8 @@ gradient  Every arm's gradient of the same batches of 128 trajectories, against 
           variance of one batch's, times how many batches of the arm cost as much as one of the
           reference; `of_entropy` its ratio to entropy's, of the same batches. Products are taken
           between different batches, so that noise cancels; intervals are 95 % by bootstrap over
-          batches (of 18, nine of ten held the truth in a simulation). The reference has --batches,
-          the others --others.
-          After an interruption, or with more of them, it goes on from what --sketches holds.
+          batches, and short of that where batches are few. The reference has --batches, the others
+          --others. After an interruption, or with more, it goes on from what --sketches holds.
 value     The reward of the greedy one-step guess at a state against the mean reward of sampled
           completions from it, by denoising step: mean of both, how many states are distinct, and
           the correlation over all, and over those of a problem alone (each less its problem's
@@ -185,10 +184,8 @@ def gradient(args: argparse.Namespace) -> list[dict]:
     sketches, flops = gradients(run, batches, args.sketches)
     ref_WD, stream, W = sketches[REFERENCE], torch.Generator().manual_seed(0), args.batches
     drawn_IW = torch.randint(0, W, (1000, W), generator=stream)  # all arms' alike: they share noise
-    counts = [
-        torch.ones(W).double(),
-        *(drawn_W.bincount(minlength=W).double() for drawn_W in drawn_IW),
-    ]
+    counts = [torch.ones(W).double()]  # first each batch once: the estimate itself
+    counts += [drawn_W.bincount(minlength=W).double() for drawn_W in drawn_IW]
     found = {}
     for arm, arm_XD in sketches.items():
         grams = arm_XD @ arm_XD.T, arm_XD @ ref_WD.T, ref_WD @ ref_WD.T
@@ -197,11 +194,8 @@ def gradient(args: argparse.Namespace) -> list[dict]:
     for arm, each in found.items():
         for one, entropys in zip(each, found["entropy"]):
             one["of_entropy"] = one["signal"] / entropys["signal"]
-        row = {
-            "arm": arm,
-            "batches": len(sketches[arm]),
-            "flops_of_reference": flops[arm] / flops[REFERENCE],
-        }
+        row = {"arm": arm, "batches": len(sketches[arm])}
+        row["flops_of_reference"] = flops[arm] / flops[REFERENCE]
         for name, value in each[0].items():
             values = torch.tensor([one[name] for one in each[1:]])
             lo, hi = values.nanquantile(torch.tensor([0.025, 0.975])).tolist()
