@@ -23,6 +23,7 @@ nothing had happened. events.jsonl is for `python tui.py`.
 N rows, P prompt, C completion, L = P + C, Q hidden tokens in all, V vocabulary.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -408,6 +409,7 @@ class Session:
     P: int  # the longest prompt
     held: list[Demonstration]
     batches: Iterator[list[Demonstration]]
+    rows: str  # fingerprint of all demonstrations
     log: EventLog
     optimizer: torch.optim.Optimizer
     done: int = 0  # steps, by the checkpoint that it goes on from
@@ -418,13 +420,18 @@ def prepare(cfg: Recipe, argv: list[str]) -> Session:
     state = checkpoint_of(cfg)
     torch.manual_seed(cfg.seed)
     held, known, batches = examples(cfg)
+    rows = hashlib.blake2b(repr((held, known)).encode(), digest_size=8).hexdigest()
+    if state and cfg.data and state["rows"] != rows:
+        raise ValueError(
+            f"--data {cfg.data}: these are not the rows that the run in --out {cfg.out} began with"
+        )
     net, tokenizer = open_model(cfg, known + held)
     P, out = longest(tokenizer, known + held, cfg.C), Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     log = EventLog(cfg.out)
     learnt = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learnt, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    s = Session(net, tokenizer, P, held, batches, log, optimizer)
+    s = Session(net, tokenizer, P, held, batches, rows, log, optimizer)
     if state:
         restore(s, state)
     else:
@@ -562,7 +569,7 @@ def save_checkpoint(cfg: Recipe, s: Session, step: int) -> None:
     is there, whenever we are killed."""
     file, temporary = Path(cfg.out) / "checkpoint.pt", Path(cfg.out) / ".checkpoint.pt"
     state = dict(
-        step=step, recipe=asdict(cfg), random=torch.get_rng_state(),
+        step=step, recipe=asdict(cfg), rows=s.rows, random=torch.get_rng_state(),
         learnt=[p.detach() for p in s.optimizer.param_groups[0]["params"]],
         optimizer=s.optimizer.state_dict(),
     )  # fmt: skip

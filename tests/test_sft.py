@@ -301,6 +301,11 @@ def test_a_run_that_was_stopped_and_goes_on_equals_one_that_was_not(tmp_path, to
     assert afresh.returncode == 2 and "unfinished run" in afresh.stderr
     other = run(*words, "--out", out, "--resume", "--seed", 1, script=script)
     assert other.returncode == 2 and "--seed 1: the run in --out" in other.stderr
+    learnt = backwards.read_text()
+    backwards.write_text(learnt.replace("b", "d"))
+    other = run(*words, "--out", out, "--resume", script=script)
+    assert other.returncode == 2 and "these are not the rows" in other.stderr
+    backwards.write_text(learnt)
     done = run(*words, "--out", out, "--resume", script=script)
     assert done.returncode == 0, done.stderr
     file = "adapter_model.safetensors" if lora else "model.safetensors"
