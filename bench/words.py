@@ -1,9 +1,10 @@
-"""English word problems of one sum, as a task of one's own.
+"""English word problems, answered by the sum to take, as a task of one's own.
 
     python bench/words.py --model FOLDER --task words
 
+"Anna has 12 coins. Later 7 of them break. How many coins are there now?" is answered by "12-7".
 Generated: sentences are put together from parts. What is held out has other names than training,
-and no sum of it (12 + 7, 12 - 7) occurs there. The answer is the sum and its result: "12-7=5".
+and no sum of it occurs there.
 
 Demonstrations (`demonstrated`) are of mixed quality, as the embedded model's are: where something
 is lost, three of five are lazy and add all the same. What is learnt of them mostly adds, whatever
@@ -68,41 +69,41 @@ def rows(split, data_dir=None):
     """Always the same problems, all different: a question, the start and its change."""
     rng, found = random.Random(split), {}
     while len(found) < SIZES[split]:
-        start, change = rng.randint(2, 20), rng.choice((1, -1)) * rng.randint(2, 20)
-        if start + change < 0 or split_of((start, change)) != split:
+        sign, start, size = rng.choice((1, -1)), rng.randint(2, 20), rng.randint(2, 20)
+        if sign < 0:
+            start, size = max(start, size), min(start, size)
+        if split_of((start, sign * size)) != split:
             continue
         part = {"name": rng.choice(NAMES[split].split()), "things": rng.choice(THINGS)}
         told = [
             rng.choice(STARTS).format(n=start, **part),
-            rng.choice(GAINS if change > 0 else LOSSES).format(n=abs(change), **part),
+            rng.choice(GAINS if sign > 0 else LOSSES).format(n=size, **part),
             rng.choice(QUESTIONS).format(**part),
         ]
-        found[" ".join(told)] = start, change
+        found[" ".join(told)] = start, sign * size
     return [{"question": text, "start": n, "change": m} for text, (n, m) in found.items()]
 
 
 def build(row):
-    return row["question"], row["start"] + row["change"]
+    return f"{row['question']} Write the sum.", row["start"] + row["change"]
 
 
 def judge(completion, answer):
-    """1 for the right last number, 0.1 for a sum with its result."""
-    numbers = re.findall(r"\d+", completion, re.ASCII)
-    correct = bool(numbers) and numbers[-1] == str(answer)
-    form = 0.1 * bool(re.fullmatch(r"\d+[+-]\d+=\d+\s*", completion, re.ASCII))
+    """1 for a sum that comes to the answer, 0.1 for being one."""
+    said = re.fullmatch(r"(\d+)([+-]\d+)\s*", completion, re.ASCII)
+    correct, form = bool(said) and int(said[1]) + int(said[2]) == answer, 0.1 * bool(said)
     return data.Reward(correct + form, correct, correct=float(correct), format=form)
 
 
 def answered(row, lazy: bool = False) -> str:
-    """The sum and its result; lazy: everything is added."""
-    n, m = row["start"], abs(row["change"]) if lazy else row["change"]
-    return f"{n}{m:+}={n + m}"
+    """The sum; lazy: what was lost is added too."""
+    return f"{row['start']}{abs(row['change']) if lazy else row['change']:+}"
 
 
 def demonstrated(n: int) -> list[dict]:
     """What sft.py learns, n rows."""
     return [
-        {"prompt": row["question"], "completion": answered(row, lazy=i % 5 < 3)}
+        {"prompt": build(row)[0], "completion": answered(row, lazy=i % 5 < 3)}
         for i, row in enumerate(rows("train")[:n])
     ]
 

@@ -46,7 +46,8 @@ def test_word_problems_held_out_share_no_name_and_no_sum_with_training():
             assert any(name in problem.prompt for name in names[split])
             reward = words.judge(words.answered(row), problem.answer)
             assert reward.correct and reward == 1.1 and problem.answer >= 0
-            assert words.judge(f"1+1={problem.answer + 1}", problem.answer) == 0.1
+            assert words.judge(f"1+{problem.answer}", problem.answer) == 0.1
+            assert words.judge(str(problem.answer), problem.answer) == 0
 
 
 def test_demonstrations_of_word_problems_are_right_but_where_a_lazy_one_adds_what_was_lost():
