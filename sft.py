@@ -409,7 +409,7 @@ class Session:
     P: int  # the longest prompt
     held: list[Demonstration]
     batches: Iterator[list[Demonstration]]
-    rows: str  # fingerprint of all demonstrations
+    fingerprint: str  # of all demonstrations: --resume wants the same
     log: EventLog
     optimizer: torch.optim.Optimizer
     done: int = 0  # steps, by the checkpoint that it goes on from
@@ -420,8 +420,8 @@ def prepare(cfg: Recipe, argv: list[str]) -> Session:
     state = checkpoint_of(cfg)
     torch.manual_seed(cfg.seed)
     held, known, batches = examples(cfg)
-    rows = hashlib.blake2b(repr((held, known)).encode(), digest_size=8).hexdigest()
-    if state and cfg.data and state["rows"] != rows:
+    fingerprint = hashlib.blake2b(repr((held, known)).encode(), digest_size=8).hexdigest()
+    if state and cfg.data and state["fingerprint"] != fingerprint:
         raise ValueError(
             f"--data {cfg.data}: these are not the rows that the run in --out {cfg.out} began with"
         )
@@ -431,7 +431,7 @@ def prepare(cfg: Recipe, argv: list[str]) -> Session:
     log = EventLog(cfg.out)
     learnt = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learnt, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    s = Session(net, tokenizer, P, held, batches, rows, log, optimizer)
+    s = Session(net, tokenizer, P, held, batches, fingerprint, log, optimizer)
     if state:
         restore(s, state)
     else:
@@ -569,7 +569,7 @@ def save_checkpoint(cfg: Recipe, s: Session, step: int) -> None:
     is there, whenever we are killed."""
     file, temporary = Path(cfg.out) / "checkpoint.pt", Path(cfg.out) / ".checkpoint.pt"
     state = dict(
-        step=step, recipe=asdict(cfg), rows=s.rows, random=torch.get_rng_state(),
+        step=step, recipe=asdict(cfg), fingerprint=s.fingerprint, random=torch.get_rng_state(),
         learnt=[p.detach() for p in s.optimizer.param_groups[0]["params"]],
         optimizer=s.optimizer.state_dict(),
     )  # fmt: skip

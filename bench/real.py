@@ -156,7 +156,7 @@ def learn(adapted: Path, out: Path, seed: int, flags: str) -> dict:
     reward = [e["m"]["reward/mean"] for e in log if e["e"] == "step"]
     return {
         "test": told["test"][-1], "val": [m["accuracy"] for m in told["val"]],
-        "reward": [reward[0], reward[-1]], "minutes": minutes(log), "machine": machine(),
+        "reward": reward, "minutes": minutes(log), "machine": machine(),
     }  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def table(adapted: dict, before: dict, runs: list[dict]) -> str:
     gains = [100 * (run["test"]["accuracy"] - start) for run in runs]
     for run, gain in zip(runs, gains):
         curve = " ".join(f"{100 * x:.0f}" for x in run["val"])
-        rewards = " → ".join(f"{x:.2f}" for x in run["reward"])
+        rewards = " → ".join(f"{run['reward'][i]:.2f}" for i in (0, -1))
         cells = run["seed"], share(before["test"]), share(run["test"]), f"{gain:+.1f}", curve
         lines.append(f"| {' | '.join(map(str, cells))} | {rewards} | {run['minutes']} |")
     if len(gains) in T_975:

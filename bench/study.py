@@ -18,8 +18,8 @@ The statistic is the mean share solved on the validation split over the run, the
 curve along samples or FLOPs. A seed decides batches and noise, and with them the whole first
 rollout, so runs are compared in pairs of equal seed: mean difference, sign-flip test and
 the 95 % interval that goes with it, Holm's correction over the planned contrasts of a task. A rate
-is chosen for entropy, random, uniform, all and the two other methods; the other arms differ from
-entropy in one thing and take its rate, which favours none but entropy.
+is chosen for the arms in TUNED; the others differ from entropy in one thing and take its rate,
+which favours none but entropy.
 """
 
 import argparse
@@ -101,9 +101,7 @@ PLANNED_ARMS = list(dict.fromkeys(arm for pair in PLANNED for arm in pair[:2]))
 STUDIED = list(ARMS)[list(ARMS).index("entropy") :]
 RATES = {"diffu-grpo": (1e-5, 3e-5, 1e-4)}  # and of the others:
 USUAL_RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
-OF_THEIR_OWN = "entropy random uniform all-few all-2 all exact-own diffu-grpo just-grpo".split()
-RATE_OF = {arm: arm if arm in OF_THEIR_OWN else "entropy" for arm in STUDIED}
-TUNED = [arm for arm in STUDIED if RATE_OF[arm] == arm]
+TUNED = "entropy all-few all-2 random uniform exact-own all diffu-grpo just-grpo".split()
 TUNING = (100, 101)  # seeds
 GROUPS = {  # name -> tasks, arms, seeds
     "exact": (DEFAULTS, list(ARMS)[:8], (0, 1, 2)),
@@ -149,7 +147,7 @@ def tuned(task: str, arm: str) -> dict[float, float]:
 
 
 def best_rate(task: str, arm: str) -> float:
-    arm = RATE_OF[arm]
+    arm = arm if arm in TUNED else "entropy"
     areas = tuned(task, arm)
     if not areas:
         sys.exit(f"{task}, {arm}: no learning rate was tuned: python bench/study.py run tune")
@@ -366,7 +364,7 @@ def report() -> None:
         found = [contrast(rows, *pair) for pair in PLANNED]
         picture(task, [each for each in found if each["n"] > 5])  # whose intervals have an end
         lines += [*contrast_table(found), "", f"![{task}](study-{task}.png)", ""]
-        lines += [*equal_rates(task), "", *unplanned(rows), ""]
+        lines += [*equal_rates(task), "", *unplanned(rows)]
     for group in ("exact", "minibatches"):
         if any(row["arm"] == GROUPS[group][1][-1] and current(row) for row in recorded()):
             lines += [f"## Default settings: {group}", "", *table(group), ""]
@@ -419,7 +417,7 @@ def unplanned(rows: dict) -> list[str]:
     found = {arm: contrast(rows, arm, "entropy", "samples") for arm in others}
     told = [f"| {arm} | {cells(each)} |" for arm, each in found.items() if each["n"]]
     title = "The other arms against entropy at equal samples, not planned:"
-    return [title, "", *COLUMNS.format("arm").split("\n"), *told] if told else []
+    return [title, "", *COLUMNS.format("arm").split("\n"), *told, ""] if told else []
 
 
 def arm_table(rows: dict) -> list[str]:

@@ -2,9 +2,9 @@
 
     python bench/words.py --model FOLDER --task words
 
-"Anna has 12 coins. Later 7 of them break. How many coins are there now?" is answered by "12-7".
-Generated: sentences are put together from parts. What is held out has other names than training,
-and no sum of it occurs there.
+"Anna has 12 coins. Later 7 of them break. How many coins are there now? Write the sum." wants
+"12-7". Generated: sentences are put together from parts. What is held out has other names than
+training, and no sum of it occurs there.
 
 Demonstrations (`demonstrated`) are of mixed quality, as the embedded model's are: where something
 is lost, three of five are lazy and add all the same. What is learnt of them mostly adds, whatever
