@@ -936,7 +936,8 @@ def check_quantize(kind: Quantize, device: str | torch.device) -> None:
 def quantized(linear: nn.Linear, weight: Tensor, device: str | torch.device) -> nn.Linear:
     """bitsandbytes' frozen 4-bit linear of this weight (on the CPU), quantised on `device`.
 
-    nf4: blocks of 64 whose scales are quantised too (arXiv 2305.14314); computes in bf16.
+    nf4: blocks of 64 whose scales are quantised too (arXiv 2305.14314). Computes in the dtype of
+    `linear`, for a CPU without bf16 in hardware multiplies it many times slower than float32.
     """
     import bitsandbytes as bnb
 
@@ -946,9 +947,10 @@ def quantized(linear: nn.Linear, weight: Tensor, device: str | torch.device) -> 
         bias=False,
         device="meta",
         quant_type="nf4",
-        compute_dtype=torch.bfloat16,
+        compute_dtype=linear.weight.dtype,
     )
-    params = bnb.nn.Params4bit(weight.bfloat16(), quant_type="nf4", module=made)
+    weight = weight.to(linear.weight.dtype)
+    params = bnb.nn.Params4bit(weight, quant_type="nf4", module=made)
     made.support_avx512bf16_for_cpu = False  # no second kernel in eval mode: rollout = update
     made.weight = params.to(device)
     made.bias = linear.bias

@@ -114,7 +114,7 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1, device: str = "cuda") -> Plan:
         copies = again = 2 * of_block * wide
         root = other * 4
     elif cfg.quantize == "nf4":
-        copies = again = D * F * 2
+        copies = again = D * F * wide
     else:  # autocast keeps them until the pass is over
         copies = maps * 2 * bf16 * (r == 0)
         again = (trained if r else maps) * 2 * bf16

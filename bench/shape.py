@@ -1,11 +1,11 @@
 """Does a step of a real shape take of a CPU's memory what `--dry-run` says, and what does loading?
 
-    python bench/shape.py [--family llada|dream] [--layers N]
+    python bench/shape.py [--family llada|dream] [--layers N] [--write]
 
 Writes a random model in the published layout (config.json and the shards of the published index:
 16 GB of disk for 8B) and runs one step of nf4 through egspo.py, without compiling. Prints the
-planned peak, the measured one and that of loading, in GB. nf4 multiplies in bf16: without
-AVX512-BF16 two layers take ten minutes of a core, so try it there with --layers.
+planned peak, the measured one and that of loading, in GB. --write appends
+them to bench/throughput.jsonl.
 """
 
 import argparse
@@ -84,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=PUBLISHED, default="llada")
     parser.add_argument("--layers", type=int, default=0, help="fewer than published, to try it")
+    parser.add_argument("--write", action="store_true", help="append to bench/throughput.jsonl")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "model")
@@ -109,7 +110,11 @@ def main() -> None:
     figures = dict(planned_gb=planned.peak / 1e9, measured_gb=ended, loading_gb=loaded)
     figures = {name: round(value, 2) for name, value in figures.items()}
     shape = dict(part="shape", family=args.family, layers=args.layers or "all")
-    print(json.dumps(shape | figures | dict(planned_moment=planned.worst)))
+    line = json.dumps(shape | figures | dict(planned_moment=planned.worst))
+    print(line)
+    if args.write:
+        with open(REPO / "bench" / "throughput.jsonl", "a") as file:
+            file.write(line + "\n")
 
 
 if __name__ == "__main__":

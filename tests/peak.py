@@ -89,17 +89,17 @@ def allocated(net):
 
 class Packed(nn.Module):
     """Takes the room of bitsandbytes' nf4 linear, whose Params4bit cannot be a fake tensor: the
-    stored bytes, and the whole weight in bf16 while it is multiplied, forward and backward."""
+    stored bytes, and the whole weight while it is multiplied, forward and backward."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         size = int(linear.weight.numel() * plan.NF4)
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False)
-        self.bias = linear.bias
+        self.bias, self.dtype = linear.bias, linear.weight.dtype
 
     def forward(self, x):
-        y = Unpacked.apply(x, (self.out_features, self.in_features))
+        y = Unpacked.apply(x.to(self.dtype), (self.out_features, self.in_features))
         return y if self.bias is None else y + self.bias
 
 
@@ -107,8 +107,8 @@ class Unpacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shape):
         ctx.shape = shape
-        return x.bfloat16() @ torch.empty(shape, dtype=torch.bfloat16).T
+        return x @ torch.empty(shape, dtype=x.dtype).T
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ torch.empty(ctx.shape, dtype=torch.bfloat16), None
+        return grad @ torch.empty(ctx.shape, dtype=grad.dtype), None

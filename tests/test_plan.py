@@ -134,6 +134,7 @@ VARIANTS = [
     dict(P=848, layers=3, checkpointing=False),
     dict(P=848, layers=3, cache="block", G=16),
     dict(P=425, quantize="nf4", optimizer="adamw8bit", G=12, micro=4),
+    dict(P=425, quantize="nf4", layers=3, micro=4, precision="float32"),
     dict(P=848, warm=True, cache="block", **DREAM),
     dict(HEAD, likelihood="exact"),
     dict(HEAD, method="diffu_grpo", mu=16, minibatches=1),
