@@ -20,6 +20,7 @@ for, V rows of the head, B prompts of at most P tokens, C tokens of a completion
 one line: FileNotFoundError if absent, ValueError for the rest.
 """
 
+import ctypes
 import importlib.util
 import itertools
 import json
@@ -783,6 +784,8 @@ def load(
                     if not held.is_meta and not torch.equal(held, tensor):
                         raise ValueError(f"{file}: {name} is not the embedding, but tied to it")
                     setattr(owner, leaf, nn.Parameter(tensor))
+                del tensor  # a view: it would hold the whole file while the next one is read
+        trim()
     net.never_V, net.ends = never_emitted(config, device), torch.tensor([config.eos_id]).to(device)
     if folder != Path(path) and folder.parent.name == "snapshots":
         # the hub's cache names a snapshot by its commit
@@ -790,6 +793,13 @@ def load(
     else:
         net.origin = str(folder.resolve()), None
     return net
+
+
+def trim() -> None:
+    """Hand freed memory back to the system. glibc keeps what lies between tensors that live on:
+    after quantising an 8B model, 2 GB."""
+    with suppress(OSError, AttributeError):  # another libc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def save(net: Transformer, folder: str | Path, whole: dict[str, Tensor] | None = None) -> None:

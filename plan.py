@@ -136,7 +136,10 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1, device: str = "cuda") -> Plan:
     forward = {"root": root, "copies": copies, "inputs of blocks": inputs}
     one_block = {"block": rows * inside * cfg.checkpointing}
     moments = {
-        "loading": {"a file": read * (device == "cpu")},
+        "loading": {
+            "a file": read * (device == "cpu"),
+            "quantising": 3 * D * F * 4 * (device == "cpu") * (cfg.quantize == "nf4"),
+        },
         "rollout": {
             "keys and values": cache * (c.n_layers - 1),
             "root": root, "copies": copies, "block": N * L * inside,
