@@ -352,12 +352,12 @@ def test_saving_and_loading_gives_the_same_tensors_and_config(variant, tmp_path)
     assert ("tied" in variant) == (not names & heads)
 
 
-def shard(folder: Path) -> None:
-    """Cut model.safetensors in three, as large models are published."""
+def shard(folder: Path, n: int = 3) -> None:
+    """Cut model.safetensors in n, as large models are published."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    files = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    weight_map = {name: files[i % 3] for i, name in enumerate(tensors)}
+    files = [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
+    weight_map = {name: files[i % n] for i, name in enumerate(tensors)}
     for file in files:
         part = {name: t for name, t in tensors.items() if weight_map[name] == file}
         save_file(part, folder / file, metadata={"format": "pt"})
@@ -722,6 +722,22 @@ def test_a_quantised_base_is_small_and_near_and_trains(tmp_path):
     model.save(net, tmp_path / "merged")
     with torch.no_grad():
         assert (model.load(tmp_path / "merged")(some_ids()) - tuned).norm() < 0.03 * tuned.norm()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_a_file_is_let_go_of_before_the_next_is_read(tmp_path, monkeypatch, quantize):
+    model.save(make(LLADA), tmp_path)
+    shard(tmp_path, 8)  # some of them end in a map that is quantised
+    opened, mapped = model.opened, []
+
+    def watched(file):
+        mapped.append(".safetensors" in Path("/proc/self/maps").read_text())
+        return opened(file)
+
+    monkeypatch.setattr(model, "opened", watched)
+    model.load(tmp_path, quantize=quantize)
+    assert len(mapped) > 8 and not any(mapped)
 
 
 def test_a_4_bit_weight_counts_in_full():
