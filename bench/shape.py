@@ -4,8 +4,8 @@
 
 Writes a random model in the published layout (config.json and the shards of the published index:
 16 GB of disk for 8B) and runs one step of nf4 through egspo.py, without compiling. Prints the
-planned peak, the measured one and that of loading, in GB. --write appends
-them to bench/throughput.jsonl.
+planned peak, the measured one and that of loading, in GB; --write appends them to
+bench/throughput.jsonl.
 """
 
 import argparse
