@@ -42,7 +42,7 @@ class Settings:
     test: bool = True  # evaluate the test split once, after the last step
     eval_also: tuple[str, ...] = ()  # other tasks to evaluate too, on their validation splits
     save_every: int = 50  # steps between checkpoints; the best is one that was evaluated too
-    keep: int = 3  # newest checkpoints kept, beside the best on the validation split
+    keep: int = 3  # last checkpoints kept, beside the best on the validation split
 
     method: Literal["egspo", "diffu_grpo"] = "egspo"  # diffu_grpo: the one-step baseline of d1
     select: Literal["entropy", "uniform", "random", "all", "sampled"] = "entropy"  # which K learn
@@ -65,7 +65,7 @@ class Settings:
 
     lr: float = 3e-5  # learning rate after the warm-up, constant
     warmup: int = 10  # steps of linear warm-up
-    mu: int = 1  # times that all moves of a rollout are learnt
+    mu: int = 1  # times that all moves of a rollout are learnt; of diffu_grpo, its updates
     minibatches: int = 4  # optimizer steps that share them: highest entropy first, or as drawn
     weight_decay: float = 0.1  # of AdamW
     max_grad_norm: float = 0.2  # gradients are clipped to this norm
@@ -454,6 +454,7 @@ def carry_on(cfg: Config) -> dict:
     own = model_defaults(cfg.model)
     kept = "C T block order temperature cache quantize B G select minibatches prompt".split()
     kept += ["train_set", "weights"]
+    kept += ["lora_r"] * (cfg.lora_r > 0)  # without adapters no base may be quantised
     kept += ["K"] * (cfg.select != "all")  # there it is T, of which another rule would take all
     by_task = own.get("by_task", {})
     task = by_task.get(cfg.task, {}) | {name: getattr(cfg, name) for name in kept}

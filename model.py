@@ -666,6 +666,18 @@ def find_folder(path: str | Path, kinds: Iterable[str] = KINDS) -> Path:
     )
 
 
+def pinned(path: str | Path) -> str:
+    """A hub id with the commit that it stands for now, so that a run reads one state of it however
+    long it takes; a folder as it is."""
+    folder = find_folder(path, SMALL)
+    return f"{str(path).partition('@')[0]}@{folder.name}" if cached(path, folder) else str(path)
+
+
+def cached(path: str | Path, folder: Path) -> bool:
+    """Is it of the hub's cache, which names a snapshot by its commit?"""
+    return folder != Path(path) and folder.parent.name == "snapshots"
+
+
 def holds_weights(folder: str | Path) -> bool:
     """Is there a model that a new one, or a run, would write over?"""
     return any(Path(folder).glob("*.safetensors*"))
@@ -673,7 +685,7 @@ def holds_weights(folder: str | Path) -> bool:
 
 def adapter_rank(path: str | Path) -> int:
     """The rank of a folder's adapter; 0 where it holds none."""
-    file = find_folder(path) / "adapter_config.json"
+    file = find_folder(path, SMALL) / "adapter_config.json"
     return read_json(file).get("r", 0) if file.is_file() else 0
 
 
@@ -787,8 +799,7 @@ def load(
                 del tensor  # a view: it would hold the whole file while the next one is read
         trim()
     net.never_V, net.ends = never_emitted(config, device), torch.tensor([config.eos_id]).to(device)
-    if folder != Path(path) and folder.parent.name == "snapshots":
-        # the hub's cache names a snapshot by its commit
+    if cached(path, folder):
         net.origin = str(path).partition("@")[0], folder.name
     else:
         net.origin = str(folder.resolve()), None
@@ -895,9 +906,9 @@ def with_completion(real_BP: Tensor, C: int) -> Tensor:
 
 def ends_file(path: str | Path) -> Path:
     """The generation_config.json of a model, or of the base of an adapter that has none."""
-    folder = find_folder(path)
+    folder = find_folder(path, SMALL)
     if not (folder / "generation_config.json").is_file() and adapter_rank(path):
-        folder = find_folder(adapter_base(folder))
+        folder = find_folder(adapter_base(folder), SMALL)
     return folder / "generation_config.json"
 
 

@@ -10,7 +10,7 @@ wastes and what CUDA itself takes is not in it: "fits" leaves 8 % for them.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,7 +39,8 @@ def step_cost(
     frozen = any(not p.requires_grad for p in net.parameters())
     old, ref = S * cfg.looks_back, S * (cfg.beta > 0)
     learnt = cfg.repeats * S * ((2 if frozen else 3) + cfg.checkpointing)
-    revealed = replace(cfg, likelihood="tokens").scored  # which the reference is asked for
+    # of the reference: its tokens alone
+    revealed = cfg.C if cfg.method == "diffu_grpo" else cfg.C // cfg.T
     inner = L if cfg.cache == "none" else cfg.block + (L - cfg.block) * cfg.C // cfg.block / cfg.T
     hidden = (cfg.block + cfg.C // cfg.T) / 2  # positions of the block that are drawn, in the mean
     body, head = forward_flops(net, L, 0), forward_flops(net, 0, 1)
@@ -171,7 +172,7 @@ def plan(cfg: Config, bf16: bool, ranks: int = 1, device: str = "cuda") -> Plan:
 
 def shapes(cfg: Config) -> tuple[model.Transformer, Path, int, bool]:
     """The network without its numbers, its folder, and the rank of its adapters; are they there?"""
-    folder = model.find_folder(cfg.model, [*model.SMALL, "adapter_config.json"])
+    folder = model.find_folder(cfg.model, model.SMALL)
     rank = model.adapter_rank(folder)
     base = model.find_folder(model.adapter_base(folder), model.SMALL) if rank else folder
     net = model.from_config(base, "meta")

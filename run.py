@@ -198,7 +198,7 @@ class StopSignal:
 
 
 def stopped(run: Run) -> Halt:
-    """What to raise after a signal, with the checkpoint written."""
+    """What to raise after a signal: how to go on."""
     several = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', run.ranks.world)}"
     start = several if run.ranks.world > 1 else "python"
     again = f"{start} {shlex.join([sys.argv[0], '--out', run.cfg.out, '--resume'])}"
@@ -469,7 +469,7 @@ def making(folder: Path) -> Iterator[None]:
 def open_run(cfg: Config, ranks: Ranks, mode: Mode) -> tuple[Run, int]:
     """Load everything and say what was chosen. Returns the run and the step it starts from."""
     # the first rank's: clocks differ, and so may what a link on a network's disk points at
-    out, path = ranks.gather((cfg.out, cfg.model))[0]
+    out, path = ranks.gather((cfg.out, model.pinned(cfg.model)))[0]
     cfg = replace(cfg, out=out, model=path)
     with making(Path(cfg.out)), enough_memory(cfg, ValueError):
         if mode.eval_only:
@@ -780,10 +780,11 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one, or as much as can be."""
-    best = (folder / "best").resolve().name
+    """Remove all but the last `keep` checkpoints by step, the best and the latest one, which is not
+    among them where a run was set back; or as much as can be."""
+    linked = [(folder / name).resolve().name for name in ("best", "latest")]
     for old in checkpoints(folder)[:-keep]:
-        if old.name != best:
+        if old.name not in linked:
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -848,13 +849,13 @@ def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
 def evaluate_only(run: Run, mode: Mode, evaluate: Callable) -> None:
     """The test split by `egspo.evaluate`, once for each length: a table on the terminal, and files
     in --out (by default beside the weights), one of the figures and one of each length's answers.
-    Figures of other lengths stay.
+    Figures of other lengths and other models stay.
     """
     cfg, n, earlier = run.cfg, mode.samples, []
     file = Path(cfg.out) / f"test-{cfg.task}{'-samples' * bool(n)}.json"
     with contextlib.suppress(OSError, ValueError):
         earlier = json.loads(file.read_text())
-    results = {row["length"]: row for row in earlier}
+    results = {(row.get("model"), row["length"]): row for row in earlier}
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once; what is written stays
     if m := validation(Path(cfg.model)):
         say(f"{cfg.model}: validation accuracy {m['accuracy']} after {m['step']} steps")
@@ -867,8 +868,8 @@ def evaluate_only(run: Run, mode: Mode, evaluate: Callable) -> None:
         with enough_memory(cfg, lambda told: SystemExit(complain(told, 1))):
             m = evaluate(run, run.test_set, at_length, n, said := [])
         say_evaluation(at_length, m)
-        what = {"task": cfg.task, "split": "test", "length": at_length.C, "T": at_length.T}
-        results[at_length.C] = what | m
+        what = {"model": cfg.model, "task": cfg.task, "split": "test", "length": at_length.C}
+        results[cfg.model, at_length.C] = what | {"T": at_length.T} | m
         rows = answer_rows(run, said)
         if run.ranks.rank == 0:
             text = "\n".join(json.dumps(row, default=str, skipkeys=True) for row in rows)

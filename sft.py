@@ -355,11 +355,31 @@ def open_autoregressive(path: str, device: torch.device, dtype: torch.dtype):
     return net, tokenizer
 
 
-def shape_defaults(C: int) -> dict:
-    """A defaults.json: completions of the length that was learnt, two tokens a step if they fit."""
+def shape_of(C: int) -> dict:
+    """Settings for completions of the length that was learnt, two tokens a step if they fit."""
     R = 2 - C % 2
     block = max(n for n in range(R, 33, R) if C % n == 0)
-    return {"settings": dict(C=C, T=C // R, block=block, K=min(8, C // R), prompt="")}
+    return dict(C=C, T=C // R, block=block, K=min(8, C // R))
+
+
+def leave_defaults(cfg: Recipe, out: Path) -> None:
+    """The defaults.json of --model, or of tiny/ for a new one, at the length that was learnt.
+    If --model has none, one is written only where it is adapted."""
+    bring_defaults(cfg.model or "tiny", out)
+    file, shape = out / "defaults.json", shape_of(cfg.C)
+    if file.exists():
+        own = model.read_json(file)
+    elif cfg.adapt:
+        own = {"settings": {"prompt": ""}}
+    else:
+        return
+    settings, by_task = own.setdefault("settings", {}), own.get("by_task", {})
+    if (settings | by_task.get(own.get("task"), {})).get("C") != cfg.C:
+        settings |= shape
+        for part in by_task.values():
+            for name in shape:
+                part.pop(name, None)
+        file.write_text(json.dumps(own, indent=2) + "\n")
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -435,9 +455,7 @@ def prepare(cfg: Recipe, argv: list[str]) -> Session:
     if state:
         restore(s, state)
     else:
-        bring_defaults(cfg.model or "tiny", out)
-        if cfg.adapt and not (out / "defaults.json").exists():
-            (out / "defaults.json").write_text(json.dumps(shape_defaults(cfg.C), indent=2) + "\n")
+        leave_defaults(cfg, out)
         (out / "training.log").write_text("")
     size, trained = model.count(net)
     note(out, " ".join(["python sft.py", *argv]))

@@ -70,8 +70,10 @@ SKETCH = 1 << 14
 
 
 def open_run(args: argparse.Namespace) -> running.Run:
-    """A run that is not trained; no file is written."""
+    """A run that is not trained; no file is written. What the arms change is as in the paper,
+    whatever the model was trained with."""
     changes = dict(beta=0.0, lam=0.0, minibatches=1, max_grad_norm=1e30, lora_r=0)
+    changes |= dict(select="entropy", likelihood="tokens", cache="none", normalise=False)
     cfg = replace(of_model(args.model, args.task), K=args.K, T=args.T, seed=args.seed, **changes)
     ranks = running.Ranks()
     problems = running.load_problems(cfg, "train")
@@ -124,6 +126,7 @@ class Sketcher:
 def gradients(run: running.Run, batches: dict[str, int], file: Path) -> tuple[dict, dict]:
     """Of each arm the sketches [batches, 2^14] and the FLOPs of a batch; all of one rollout."""
     policy, sketcher = run.policy, Sketcher(run.policy)
+    file.parent.mkdir(parents=True, exist_ok=True)
     kept = torch.load(file) if file.exists() else {"cfg": asdict(run.cfg), "flops": {}}
     if kept["cfg"] != asdict(run.cfg):
         sys.exit(f"--sketches {file}: of other settings; remove it, or name another file")
@@ -145,7 +148,8 @@ def gradients(run: running.Run, batches: dict[str, int], file: Path) -> tuple[di
             S = int(egspo.passed(moves, cfg).sum())
             _, cost = plan.step_cost(cfg, policy, L, roll.forwards, S)
             flops.setdefault(arm, sum(cost.values()))  # of the first batch, which all arms have
-        torch.save(kept, file)
+        torch.save(kept, whole := file.with_suffix(".writing"))
+        whole.replace(file)
     return {arm: torch.stack(rows[: batches[arm]]) for arm, rows in sketches.items()}, flops
 
 

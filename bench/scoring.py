@@ -75,7 +75,7 @@ def compare(task: str, path: Path) -> tuple[int, int]:
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         sys.exit(__doc__)
     wrong = 0
     print(HEAD)

@@ -179,10 +179,10 @@ def run(task: str, arm: str, lr: float, seed: int, folder: Path) -> dict:
         )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{out.name}: exit code {done.returncode}; see {said.name}")
-    log = events.read(out)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
     key = {"task": task, "arm": arm, "lr": lr, "seed": seed, "flags": flags}
-    return key | summary(log)
+    row = key | summary(events.read(out))
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    return row
 
 
 def summary(log: list[dict]) -> dict:
@@ -204,7 +204,6 @@ def summary(log: list[dict]) -> dict:
         "curve": curve,
         "accuracy": last["accuracy"],
         "test": test and [test["accuracy"], test["lo"], test["hi"]],
-        "kl": max(m.get("kl", 0) for m in steps.values()),
         "kl/uniform": last.get("kl/uniform"),
         "hours": (sum(m["t/total"] for m in steps.values()) + seconds) / 3600,
     }
@@ -219,8 +218,8 @@ def run_group(args: argparse.Namespace) -> None:
     def one(key: tuple) -> None:
         try:
             row = run(*key, args.runs)
-        except (RuntimeError, OSError) as error:
-            print(f"failed: {error}", flush=True)
+        except Exception as error:
+            print(f"failed: {' '.join(map(str, key))}: {error!r}", flush=True)
             return
         with open(RECORD, "a") as file:  # one short line: whole, whoever else appends
             file.write(json.dumps(row) + "\n")
@@ -310,20 +309,21 @@ def compared(pairs: dict[int, list[float]]) -> dict:
 
 def table(group: str) -> list[str]:
     """Every run of the group, a line each."""
-    tasks, arms, _ = GROUPS[group]
+    tasks, arms, seeds = GROUPS[group]
     lines = [
-        "| task | arm | seed | solved over the run, % | validation, % | test, % [95 %] "
-        "| KL at a uniform step |",
-        "|---|---|---|---|---|---|---|",
+        "| task | arm | learning rate | seed | solved over the run, % | validation, % "
+        "| test, % [95 %] | KL at a uniform step |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     rows = [row for row in recorded() if row["task"] in tasks and row["arm"] in arms]
-    rows = [row for row in rows if current(row)]
+    rows = [row for row in rows if row["seed"] in seeds and current(row)]
     for row in sorted(rows, key=lambda row: (row["task"], arms.index(row["arm"]), row["seed"])):
         test = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in row["test"] or [0] * 3))
         cells = (
-            row["task"], row["arm"], row["seed"], f"{100 * area(row, 'samples'):.1f}",
-            f"{100 * row['accuracy']:.1f}", test if row["test"] else "",
-            f"{row['kl/uniform']:.3f}" if row["kl/uniform"] else "",
+            row["task"], row["arm"], row["lr"] or "", row["seed"],
+            f"{100 * area(row, 'samples'):.1f}", f"{100 * row['accuracy']:.1f}",
+            test if row["test"] else "",
+            "" if row["kl/uniform"] is None else f"{row['kl/uniform']:.3f}",
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
@@ -496,7 +496,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[], help="only these")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[], help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="only these")
-    parser.add_argument("--rates", nargs="+", type=float, default=[], help="only these, of `tune`")
+    parser.add_argument("--rates", nargs="+", type=float, default=[], help="only these")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="where the runs go")
     args = parser.parse_args()

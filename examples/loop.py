@@ -52,4 +52,4 @@ def main(steps: int = 12) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(__doc__) if sys.argv[1:] else main()

@@ -103,6 +103,8 @@ def test_models_adapters_and_data_sets_come_from_the_hub_or_one_line_says_why_no
 
     assert fits[0] == 0 and "someone/toy@v1: 0.0 M parameters" in fits[1], fits[2]
     assert "model_type None is not llada" in newer[2], "main is another revision"
+    told = json.loads((tmp_path / "x" / "test-gsm8k.json").read_text())
+    assert re.fullmatch("someone/adapter@[0-9a-f]{40}", told[0]["model"]), "the state that was read"
     assert evaluated[0] == 0 and "4 test problems of gsm8k" in evaluated[1], evaluated[2]
     expected = [
         "--model someone/toy@v9: .*the hub has no revision v9 of it; put .*/someone/toy into",

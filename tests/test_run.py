@@ -294,6 +294,10 @@ def test_the_newest_checkpoints_and_the_best_one_are_kept(tmp_path, monkeypatch)
     running.prune(folder, keep=2)
     assert {path.name for path in folder.iterdir()} == {"step-9", "step-11", "step-12", "best"}
     assert config.newest("runs/x") == str((folder / "step-9").resolve())
+    (folder / "step-10").mkdir()  # of a run that was set back before 11
+    running.link(folder / "latest", "step-10")
+    running.prune(folder, keep=2)
+    assert (folder / "latest").exists()
 
 
 def test_a_second_writer_is_refused(toy, tmp_path):

@@ -432,8 +432,18 @@ def test_what_is_of_masked_diffusion_already_is_not_adapted_again(tmp_path, toy,
 
 @pytest.mark.parametrize("C", [1, 6, 7, 24, 64, 100, 300])
 def test_the_defaults_of_what_was_adapted_fit_its_completions(C):
-    shape = sft.shape_defaults(C)["settings"]
-    assert config.Config(model="any", minibatches=1, **shape).C == C
+    assert config.Config(model="any", minibatches=1, **sft.shape_of(C)).C == C
+
+
+@pytest.mark.parametrize("task", ["sudoku", "countdown"])
+def test_a_model_is_used_at_the_length_that_it_learnt(tmp_path, task):
+    sft.leave_defaults(sft.Recipe(C=24, out="any"), tmp_path)  # tiny's own: all of it stays
+    assert config.model_defaults(str(tmp_path)) == config.model_defaults("tiny")
+    (tmp_path / "defaults.json").unlink()
+    sft.leave_defaults(sft.Recipe(C=100, out="any"), tmp_path)
+    of = {path: config.of_model(str(path), task) for path in (tmp_path, "tiny")}
+    assert (of[tmp_path].C, of[tmp_path].T, of[tmp_path].block) == (100, 50, 20)
+    assert of[tmp_path].steps == of["tiny"].steps
 
 
 # ---- tiny/ ---------------------------------------------------------------------------------------
