@@ -454,7 +454,7 @@ def carry_on(cfg: Config) -> dict:
     own = model_defaults(cfg.model)
     kept = "C T block order temperature cache quantize B G select minibatches prompt".split()
     kept += ["train_set", "weights"]
-    kept += ["lora_r"] * (cfg.lora_r > 0)  # without adapters no base may be quantised
+    kept += ["lora_r"] * (cfg.quantize != "none")  # which is refused without
     kept += ["K"] * (cfg.select != "all")  # there it is T, of which another rule would take all
     by_task = own.get("by_task", {})
     task = by_task.get(cfg.task, {}) | {name: getattr(cfg, name) for name in kept}

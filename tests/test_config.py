@@ -85,6 +85,7 @@ def test_a_checkpoint_carries_on_with_its_task_and_shape_and_knows_the_other_tas
 def test_full_weights_are_not_rounded_again_by_the_defaults_they_bring(tmp_path):
     trained = dataclasses.replace(config.of_model("tiny"), quantize="nf4", lora_r=4)
     path = write(tmp_path / "adapter", defaults=config.carry_on(trained))
+    assert config.of_model(path) == dataclasses.replace(trained, model=path)
     (tmp_path / "merged").mkdir()
     config.bring_defaults(path, tmp_path / "merged")
     assert config.of_model(str(tmp_path / "merged")).quantize == "none"
