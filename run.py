@@ -564,6 +564,8 @@ def load_policy(cfg: Config, path: str, device: torch.device) -> tuple[model.Tra
     adapted = model.adapter_rank(path)
     if cfg.shard and adapted:
         raise ValueError(f"--shard: {path} is an adapter, and adapters are not sharded")
+    if adapted not in (0, cfg.lora_r):
+        say(f"--lora-r {cfg.lora_r} is not used: {path} is an adapter of rank {adapted}")
     frozen = adapted or cfg.lora_r > 0
     dtype = torch.bfloat16 if frozen and use_bf16(cfg.precision, device) else torch.float32
     net = model.load(path, "cpu" if cfg.shard else device, dtype, cfg.quantize)

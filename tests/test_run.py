@@ -445,13 +445,13 @@ def test_an_adapter_run_resumes_exactly_is_a_model_and_merges(toy, tmp_path):
     done = run("--model", checkpoint, "--merge", "--out", tmp_path / "full")
     assert done.returncode == 2 and "holds a model" in done.stderr  # it may be the base
     assert (tmp_path / "full" / "model.safetensors").read_bytes() == before
-    scores = []
     for path in (checkpoint, tmp_path / "full"):
-        out = tmp_path / "scores"
-        done = run("--model", path, *SMALL, "--eval-only", "--out", out)
+        done = run("--model", path, *SMALL, "--eval-only", "--out", tmp_path / "scores")
         assert done.returncode == 0, done.stderr
-        scores.append(json.loads((out / "test-letters.json").read_text())[0]["reward"])
-    assert scores[0] == pytest.approx(scores[1], abs=0.05)
+        assert ("--lora-r 0 is not used" in done.stdout) == (path == checkpoint)
+    adapter, full = json.loads((tmp_path / "scores" / "test-letters.json").read_text())
+    assert (adapter["model"], full["model"]) == (str(checkpoint.resolve()), str(path))
+    assert adapter["reward"] == pytest.approx(full["reward"], abs=0.05)
 
 
 def test_the_dry_run_counts_an_8b_model_and_says_where_it_fits(tmp_path):
