@@ -361,10 +361,15 @@ def report() -> None:
             continue
         lines += [f"## {task}: `{SEPARATE[task]}`", "", *rate_table(task), ""]
         lines += [*arm_table(rows), ""]
-        found = [contrast(rows, *pair) for pair in PLANNED]
-        picture(task, [each for each in found if each["n"] > 5])  # whose intervals have an end
+        found, others = [contrast(rows, *pair) for pair in PLANNED], unplanned(rows)
+        marked = [each | {"contrast": f"{each['contrast']} (not planned)"} for each in others]
+        picture(task, [each for each in found + marked if each["n"] > 5])  # whose intervals end
         lines += [*contrast_table(found), "", f"![{task}](study-{task}.png)", ""]
-        lines += [*equal_rates(task), "", *unplanned(rows)]
+        if others:
+            lines += ["The other arms against entropy at equal samples, not planned:", ""]
+            lines += [*COLUMNS.format("arms").split("\n")]
+            lines += [*(f"| {each['contrast']} | {cells(each)} |" for each in others), ""]
+        lines += [*equal_rates(task), ""]
     for group in ("exact", "minibatches"):
         if any(row["arm"] == GROUPS[group][1][-1] and current(row) for row in recorded()):
             lines += [f"## Default settings: {group}", "", *table(group), ""]
@@ -410,14 +415,12 @@ def equal_rates(task: str) -> list[str]:
     return lines
 
 
-def unplanned(rows: dict) -> list[str]:
+def unplanned(rows: dict) -> list[dict]:
     """The arms that are in no planned contrast against entropy, along samples; all-2, of two steps,
     is not comparable so."""
     others = [arm for arm in STUDIED if arm not in (*PLANNED_ARMS, "all-2")]
-    found = {arm: contrast(rows, arm, "entropy", "samples") for arm in others}
-    told = [f"| {arm} | {cells(each)} |" for arm, each in found.items() if each["n"]]
-    title = "The other arms against entropy at equal samples, not planned:"
-    return [title, "", *COLUMNS.format("arm").split("\n"), *told, ""] if told else []
+    found = [contrast(rows, arm, "entropy", "samples") for arm in others]
+    return [each for each in found if each["n"]]
 
 
 def arm_table(rows: dict) -> list[str]:
@@ -471,7 +474,7 @@ def contrast_table(found: list[dict]) -> list[str]:
 
 
 def picture(task: str, found: list[dict]) -> None:
-    """Each planned contrast: its pairs as dots, mean and interval as a bar, named at the left."""
+    """Each contrast: its pairs as dots, mean and interval as a bar, named at the left."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 0.45 * len(found) + 1))
