@@ -749,15 +749,13 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     quantize: Quantize = "none",
-    adapter: bool = True,
     mask_id: int | None = None,
 ) -> Transformer:
     """The network of a folder or hub id, with the adapter if the folder is an adapter's.
 
     Read tensor by tensor straight to device and dtype: on the way no more than one file is mapped
     and one tensor copied. `quantize` makes bitsandbytes linears of the blocks' maps as they come.
-    `adapter=False` stops at the base model of an adapter's folder. `mask_id`: where nothing there
-    says what the mask is; without it, NoMask is raised.
+    `mask_id`: where nothing there says what the mask is; without it, NoMask is raised.
     """
     folder = find_folder(path)
     if (folder / "adapter_config.json").is_file():
@@ -766,8 +764,7 @@ def load(
         except FileNotFoundError as error:  # it may name a folder of whoever trained the adapter
             where = f"{folder}/adapter_config.json, base_model_name_or_path"
             raise FileNotFoundError(f"{where}: {error}") from None
-        if adapter:
-            load_lora(net, folder)
+        load_lora(net, folder)
         return net
 
     config_file = folder / "config.json"

@@ -541,7 +541,7 @@ def load_problems(cfg: Config, split: str, most: int = 0) -> list[data.Problem]:
     task = data.TASKS[cfg.task]
     if task.runs_code:
         data.sandbox(cfg.unsafe_code)  # says now, before a model is loaded, what this machine lacks
-    problems = task.load(split, cfg.data_dir or None, cfg.train_set or None, cfg.data or None)
+    problems = task.load(split, cfg.data_dir, cfg.train_set, cfg.data)
     try:
         reward = task.reward("", problems[0])
     except Exception as error:  # no bad input, but a mistake in the code of a judge

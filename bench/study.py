@@ -320,7 +320,7 @@ def table(group: str) -> list[str]:
     for row in sorted(rows, key=lambda row: (row["task"], arms.index(row["arm"]), row["seed"])):
         test = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in row["test"] or [0] * 3))
         cells = (
-            row["task"], row["arm"], row["lr"] or "", row["seed"],
+            row["task"], row["arm"], row["lr"] or "default", row["seed"],
             f"{100 * area(row, 'samples'):.1f}", f"{100 * row['accuracy']:.1f}",
             test if row["test"] else "",
             "" if row["kl/uniform"] is None else f"{row['kl/uniform']:.3f}",
@@ -390,28 +390,31 @@ def rate_table(task: str) -> list[str]:
 
 
 def equal_rates(task: str) -> list[str]:
-    """Entropy against random selection at each rate that was tried for both, and at their mean:
-    which is best is itself uncertain."""
-    lines = ["Entropy and random selection at the same learning rate, not planned:", ""]
-    title, rule = COLUMNS.format("learning rate").split("\n")
-    lines += [f"{title} solved at the end, % |", f"{rule}---|"]
-    at = {}
+    """Entropy against the other selections at each rate that was tried for both, and at the mean of
+    the rates: which is best is itself uncertain."""
+    title, rule = COLUMNS.format("arms, learning rate").split("\n")
+    lines, at = [], {}
     for row in recorded():
         if row["task"] == task and row["seed"] not in TUNING and current(row):
             at.setdefault(row["lr"], {})[row["arm"], row["seed"]] = row
-    found = {rate: contrast(at[rate], "entropy", "random", "samples") for rate in sorted(at)}
-    found = {rate: each for rate, each in found.items() if each["n"] > 5}
-    for rate, each in found.items():
-        ends = [
-            100 * numpy.mean([at[rate][arm, seed]["accuracy"] for seed in each["pairs"]])
-            for arm in ("entropy", "random")
-        ]
-        lines.append(f"| {rate:g} | {cells(each)} | {ends[0]:.1f} and {ends[1]:.1f} |")
-    if len(found) > 1:
-        of_rates = [each["pairs"] for each in found.values()]
-        seeds = sorted(set.intersection(*map(set, of_rates)))
-        pairs = {seed: numpy.mean([pairs[seed] for pairs in of_rates], axis=0) for seed in seeds}
-        lines.append(f"| mean of them | {cells(compared(pairs))} | |")
+    for other in ("random", *SELECTING):
+        found = {rate: contrast(at[rate], "entropy", other, "samples") for rate in sorted(at)}
+        found = {rate: each for rate, each in found.items() if each["n"] > 5}
+        for rate, each in found.items():
+            ends = [
+                100 * numpy.mean([at[rate][arm, seed]["accuracy"] for seed in each["pairs"]])
+                for arm in ("entropy", other)
+            ]
+            told = f"{cells(each)} | {ends[0]:.1f} and {ends[1]:.1f} |"
+            lines.append(f"| {each['contrast']}, {rate:g} | {told}")
+        if len(found) > 1:
+            of_rates = [each["pairs"] for each in found.values()]
+            seeds = sorted(set.intersection(*map(set, of_rates)))
+            pairs = {s: numpy.mean([pairs[s] for pairs in of_rates], axis=0) for s in seeds}
+            lines.append(f"| entropy − {other}, mean of them | {cells(compared(pairs))} | |")
+    if lines:
+        lines[:0] = ["Selections at the same learning rate, not planned:", ""]
+        lines[2:2] = [f"{title} solved at the end, % |", f"{rule}---|"]
     return lines
 
 

@@ -587,7 +587,7 @@ def test_a_saved_adapter_loads_in_peft_with_the_same_outputs(family, raw, tmp_pa
     again = model.load(tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(again(some_ids()), net(some_ids()))
-        base = model.load(tmp_path / "adapter", adapter=False)
+        base = model.load(model.adapter_base(tmp_path / "adapter"))
         assert not model.adapters(base)
         with model.as_reference(net):
             assert torch.equal(base(some_ids()), net(some_ids()))
