@@ -363,8 +363,11 @@ def report() -> None:
         lines += [*arm_table(rows), ""]
         found, others = [contrast(rows, *pair) for pair in PLANNED], unplanned(rows)
         marked = [each | {"contrast": f"{each['contrast']} (not planned)"} for each in others]
-        picture(task, [each for each in found + marked if each["n"] > 5])  # whose intervals end
-        lines += [*contrast_table(found), "", f"![{task}](study-{task}.png)", ""]
+        if any(each["n"] for each in found):
+            lines += [*contrast_table(found), ""]
+        if drawn := [each for each in found + marked if each["n"] > 5]:  # whose intervals end
+            picture(task, drawn)
+            lines += [f"![{task}](study-{task}.png)", ""]
         if others:
             lines += ["The other arms against entropy at equal samples, not planned:", ""]
             lines += [*COLUMNS.format("arms").split("\n")]
