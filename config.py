@@ -316,6 +316,8 @@ def parse(argv: list[str]) -> tuple[Config, Mode]:
     if trains and restarted(Path(cfg.out or "nowhere")):
         mode = replace(mode, resume=True)
     cfg = replace(cfg, model=newest(cfg.model))
+    if mode.resume and cfg.model.partition("@")[0] == model.unpinned(defaults.model):
+        cfg = replace(cfg, model=defaults.model)  # the state of it that the run began with
     for flag in ("task", "model", "lora_r", "optimizer") * mode.resume:
         began = f"the run in --out {cfg.out} began with {getattr(defaults, flag)}"
         checker(cfg)(getattr(cfg, flag) == getattr(defaults, flag), flag, began)
@@ -442,7 +444,10 @@ def model_defaults(path: str) -> dict:
 def bring_defaults(path: str, out: str | Path) -> None:
     """Write the defaults.json of a model, if it has one, beside what was made of it unquantised."""
     own, file = model_defaults(path), Path(out) / "defaults.json"
-    for part in (own.get("settings", {}), *own.get("by_task", {}).values()):
+    by_task = own.get("by_task", {}).values()
+    for part in by_task:
+        part.pop("lora_r", None)  # of an adapter, see `carry_on`
+    for part in (own.get("settings", {}), *by_task):
         part.pop("quantize", None)  # or it would be rounded when it is read
     if own and not file.exists():
         file.write_text(json.dumps(own, indent=2) + "\n")
@@ -454,7 +459,7 @@ def carry_on(cfg: Config) -> dict:
     own = model_defaults(cfg.model)
     kept = "C T block order temperature cache quantize B G select minibatches prompt".split()
     kept += ["train_set", "weights"]
-    kept += ["lora_r"] * (cfg.quantize != "none")  # which is refused without
+    kept += ["lora_r"] * (cfg.lora_r > 0)  # without it a quantised base would be refused
     kept += ["K"] * (cfg.select != "all")  # there it is T, of which another rule would take all
     by_task = own.get("by_task", {})
     task = by_task.get(cfg.task, {}) | {name: getattr(cfg, name) for name in kept}
@@ -481,7 +486,7 @@ def run_folder(task: str, path: str, mode: Mode) -> str:
 
 def model_name(path: str) -> str:
     """What to call a model: a checkpoint by its run."""
-    folder = Path(path)
+    folder = Path(model.unpinned(path))
     return folder.parents[1].name if folder.parent.name == "checkpoints" else folder.name
 
 

@@ -673,9 +673,15 @@ def pinned(path: str | Path) -> str:
     return f"{str(path).partition('@')[0]}@{folder.name}" if cached(path, folder) else str(path)
 
 
+def unpinned(path: str) -> str:
+    """A hub id without the commit that `pinned` gave it."""
+    return re.sub("@[0-9a-f]{40}$", "", path)
+
+
 def cached(path: str | Path, folder: Path) -> bool:
     """Is it of the hub's cache, which names a snapshot by its commit?"""
-    return folder != Path(path) and folder.parent.name == "snapshots"
+    commit = re.fullmatch("[0-9a-f]{40}", folder.name)
+    return folder != Path(path) and folder.parent.name == "snapshots" and commit is not None
 
 
 def holds_weights(folder: str | Path) -> bool:

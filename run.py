@@ -565,7 +565,7 @@ def load_policy(cfg: Config, path: str, device: torch.device) -> tuple[model.Tra
     if cfg.shard and adapted:
         raise ValueError(f"--shard: {path} is an adapter, and adapters are not sharded")
     if adapted not in (0, cfg.lora_r):
-        say(f"--lora-r {cfg.lora_r} is not used: {path} is an adapter of rank {adapted}")
+        say(f"{path}: an adapter of rank {adapted}, which --lora-r {cfg.lora_r} does not change")
     frozen = adapted or cfg.lora_r > 0
     dtype = torch.bfloat16 if frozen and use_bf16(cfg.precision, device) else torch.float32
     net = model.load(path, "cpu" if cfg.shard else device, dtype, cfg.quantize)
@@ -851,13 +851,14 @@ def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
 def evaluate_only(run: Run, mode: Mode, evaluate: Callable) -> None:
     """The test split by `egspo.evaluate`, once for each length: a table on the terminal, and files
     in --out (by default beside the weights), one of the figures and one of each length's answers.
-    Figures of other lengths and other models stay.
+    Figures of other lengths and other models stay; a length's answers are the last model's.
     """
     cfg, n, earlier = run.cfg, mode.samples, []
     file = Path(cfg.out) / f"test-{cfg.task}{'-samples' * bool(n)}.json"
     with contextlib.suppress(OSError, ValueError):
         earlier = json.loads(file.read_text())
     results = {(row.get("model"), row["length"]): row for row in earlier}
+    name = str(Path(cfg.model).resolve()) if Path(cfg.model).is_dir() else cfg.model
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once; what is written stays
     if m := validation(Path(cfg.model)):
         say(f"{cfg.model}: validation accuracy {m['accuracy']} after {m['step']} steps")
@@ -870,8 +871,9 @@ def evaluate_only(run: Run, mode: Mode, evaluate: Callable) -> None:
         with enough_memory(cfg, lambda told: SystemExit(complain(told, 1))):
             m = evaluate(run, run.test_set, at_length, n, said := [])
         say_evaluation(at_length, m)
-        what = {"model": cfg.model, "task": cfg.task, "split": "test", "length": at_length.C}
-        results[cfg.model, at_length.C] = what | {"T": at_length.T} | m
+        what = {"model": name, "task": cfg.task, "split": "test", "length": at_length.C}
+        results.pop((None, at_length.C), None)  # of a version that did not say
+        results[name, at_length.C] = what | {"T": at_length.T} | m
         rows = answer_rows(run, said)
         if run.ranks.rank == 0:
             text = "\n".join(json.dumps(row, default=str, skipkeys=True) for row in rows)

@@ -365,21 +365,24 @@ def shape_of(C: int) -> dict:
 def leave_defaults(cfg: Recipe, out: Path) -> None:
     """The defaults.json of --model, or of tiny/ for a new one, at the length that was learnt.
     If --model has none, one is written only where it is adapted."""
-    bring_defaults(cfg.model or "tiny", out)
     file, shape = out / "defaults.json", shape_of(cfg.C)
+    if file.exists():  # whoever put it there has decided
+        return
+    bring_defaults(cfg.model or "tiny", out)
     if file.exists():
         own = model.read_json(file)
     elif cfg.adapt:
         own = {"settings": {"prompt": ""}}
     else:
         return
-    settings, by_task = own.setdefault("settings", {}), own.get("by_task", {})
-    if (settings | by_task.get(own.get("task"), {})).get("C") != cfg.C:
-        settings |= shape
-        for part in by_task.values():
+    settings = own.setdefault("settings", {})
+    for part in own.get("by_task", {}).values():
+        if part.get("C", settings.get("C")) != cfg.C:  # such a task takes the settings of all
             for name in shape:
                 part.pop(name, None)
-        file.write_text(json.dumps(own, indent=2) + "\n")
+    if settings.get("C") != cfg.C:
+        settings |= shape | {"K": min(settings.get("K", 8), shape["K"])}
+    file.write_text(json.dumps(own, indent=2) + "\n")
 
 
 # ---- training ------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def evaluate(adapted: Path, out: Path, flags: str) -> dict:
     told = out / "test-words.json"
     call("bench/words.py", "--task", "words", "--model", adapted, "--out", out, "--eval-only",
          *flags.split())  # fmt: skip
-    return {"test": json.loads(told.read_text())[0]}
+    return {"test": json.loads(told.read_text())[-1]}
 
 
 def learn(adapted: Path, out: Path, seed: int, flags: str) -> dict:

@@ -362,14 +362,14 @@ def report() -> None:
         lines += [f"## {task}: `{SEPARATE[task]}`", "", *rate_table(task), ""]
         lines += [*arm_table(rows), ""]
         found, others = [contrast(rows, *pair) for pair in PLANNED], unplanned(rows)
-        marked = [each | {"contrast": f"{each['contrast']} (not planned)"} for each in others]
+        marked = [each | {"contrast": f"not planned: {each['contrast']}"} for each in others]
         if any(each["n"] for each in found):
             lines += [*contrast_table(found), ""]
         if drawn := [each for each in found + marked if each["n"] > 5]:  # whose intervals end
             picture(task, drawn)
             lines += [f"![{task}](study-{task}.png)", ""]
         if others:
-            lines += ["The other arms against entropy at equal samples, not planned:", ""]
+            lines += ["Entropy against the other arms at equal samples, not planned:", ""]
             lines += [*COLUMNS.format("arms").split("\n")]
             lines += [*(f"| {each['contrast']} | {cells(each)} |" for each in others), ""]
         lines += [*equal_rates(task), ""]
@@ -403,6 +403,8 @@ def equal_rates(task: str) -> list[str]:
     for other in ("random", *SELECTING):
         found = {rate: contrast(at[rate], "entropy", other, "samples") for rate in sorted(at)}
         found = {rate: each for rate, each in found.items() if each["n"] > 5}
+        if len(found) < 2:  # what there is stands among the best rates
+            continue
         for rate, each in found.items():
             ends = [
                 100 * numpy.mean([at[rate][arm, seed]["accuracy"] for seed in each["pairs"]])
@@ -410,11 +412,10 @@ def equal_rates(task: str) -> list[str]:
             ]
             told = f"{cells(each)} | {ends[0]:.1f} and {ends[1]:.1f} |"
             lines.append(f"| {each['contrast']}, {rate:g} | {told}")
-        if len(found) > 1:
-            of_rates = [each["pairs"] for each in found.values()]
-            seeds = sorted(set.intersection(*map(set, of_rates)))
-            pairs = {s: numpy.mean([pairs[s] for pairs in of_rates], axis=0) for s in seeds}
-            lines.append(f"| entropy − {other}, mean of them | {cells(compared(pairs))} | |")
+        of_rates = [each["pairs"] for each in found.values()]
+        seeds = sorted(set.intersection(*map(set, of_rates)))
+        pairs = {s: numpy.mean([pairs[s] for pairs in of_rates], axis=0) for s in seeds}
+        lines.append(f"| entropy − {other}, mean of them | {cells(compared(pairs))} | |")
     if lines:
         lines[:0] = ["Selections at the same learning rate, not planned:", ""]
         lines[2:2] = [f"{title} solved at the end, % |", f"{rule}---|"]
@@ -425,7 +426,7 @@ def unplanned(rows: dict) -> list[dict]:
     """The arms that are in no planned contrast against entropy, along samples; all-2, of two steps,
     is not comparable so."""
     others = [arm for arm in STUDIED if arm not in (*PLANNED_ARMS, "all-2")]
-    found = [contrast(rows, arm, "entropy", "samples") for arm in others]
+    found = [contrast(rows, "entropy", arm, "samples") for arm in others]
     return [each for each in found if each["n"]]
 
 
@@ -505,7 +506,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[], help="only these")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[], help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="only these")
-    parser.add_argument("--rates", nargs="+", type=float, default=[], help="only these")
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=[], help="only these, of `tune` and `rates`"
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="where the runs go")
     args = parser.parse_args()

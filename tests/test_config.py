@@ -88,7 +88,18 @@ def test_full_weights_are_not_rounded_again_by_the_defaults_they_bring(tmp_path)
     assert config.of_model(path) == dataclasses.replace(trained, model=path)
     (tmp_path / "merged").mkdir()
     config.bring_defaults(path, tmp_path / "merged")
-    assert config.of_model(str(tmp_path / "merged")).quantize == "none"
+    merged = config.of_model(str(tmp_path / "merged"))
+    assert (merged.quantize, merged.lora_r) == ("none", config.of_model("tiny").lora_r)
+
+
+def test_a_run_goes_on_with_the_state_of_a_hub_model_that_it_began_with(tmp_path):
+    began = f"someone/model@{'0a' * 20}"
+    out = write(tmp_path / "run", config={"task": "sudoku", "model": began})
+    for asked in ([], ["--model", "someone/model"], ["--model", "someone/model@v1"]):
+        assert config.parse([*asked, "--out", out, "--resume"])[0].model == began
+    assert config.model_name(began) == "model"
+    with pytest.raises(ValueError, match="--model someone/other: the run in .* began with"):
+        config.parse(["--model", "someone/other", "--out", out, "--resume"])
 
 
 def test_what_a_checkpoint_was_trained_by_binds_no_other_rule_or_method(tmp_path):

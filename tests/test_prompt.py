@@ -164,7 +164,7 @@ def test_a_checkpoint_and_a_resumed_run_ask_as_the_run_did(asked, tmp_path):
     done = run("--model", asked, *SMALL, "--eval-only", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     last = [event["m"]["reward"] for event in events(asked) if event["e"] == "eval"][-1]
-    found = json.loads((tmp_path / "test-letters.json").read_text())[0]["reward"]
+    found = json.loads((tmp_path / "test-letters.json").read_text())[-1]["reward"]
     assert found == pytest.approx(last, abs=1e-3)
     done = run("--out", asked, "--resume", "--steps", 3)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """The demonstrators, the tokenizer, the objective, and the folder that they make."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -443,7 +444,14 @@ def test_a_model_is_used_at_the_length_that_it_learnt(tmp_path, task):
     sft.leave_defaults(sft.Recipe(C=100, out="any"), tmp_path)
     of = {path: config.of_model(str(path), task) for path in (tmp_path, "tiny")}
     assert (of[tmp_path].C, of[tmp_path].T, of[tmp_path].block) == (100, 50, 20)
-    assert of[tmp_path].steps == of["tiny"].steps
+    assert (of[tmp_path].steps, of[tmp_path].K) == (of["tiny"].steps, of["tiny"].K)
+    # a task that was learnt at this length already keeps its steps
+    long = dataclasses.replace(of[tmp_path], T=25, block=4, lora_r=4)
+    (tmp_path / "defaults.json").write_text(json.dumps(config.carry_on(long)))
+    (tmp_path / "next").mkdir()
+    sft.leave_defaults(sft.Recipe(C=100, model=str(tmp_path), out="any"), tmp_path / "next")
+    assert config.of_model(str(tmp_path / "next"), task).T == 25
+    assert config.of_model(str(tmp_path / "next"), task).lora_r == 0
 
 
 # ---- tiny/ ---------------------------------------------------------------------------------------
