@@ -372,7 +372,8 @@ def report() -> None:
             lines += ["Entropy against the other arms at equal samples, not planned:", ""]
             lines += [*COLUMNS.format("arms").split("\n")]
             lines += [*(f"| {each['contrast']} | {cells(each)} |" for each in others), ""]
-        lines += [*equal_rates(task), ""]
+        if told := equal_rates(task):
+            lines += [*told, ""]
     for group in ("exact", "minibatches"):
         if any(row["arm"] == GROUPS[group][1][-1] and current(row) for row in recorded()):
             lines += [f"## Default settings: {group}", "", *table(group), ""]
@@ -493,6 +494,7 @@ def picture(task: str, found: list[dict]) -> None:
     axes.axvline(0, color="0.5", linewidth=1)
     names = [f"{each['contrast']}, equal {ALONG[each['along']]}" for each in reversed(found)]
     axes.set_yticks(range(len(found)), names)
+    axes.set_ylim(-0.5, len(found) - 0.5)
     axes.set_xlabel("difference of the share solved over the run, points")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
