@@ -181,11 +181,14 @@ class Config(Settings):
         return self.likelihood == "exact" and self.order == "low_confidence"
 
     @property
+    def revealed(self) -> int:
+        """Tokens of a move."""
+        return self.C if self.method == "diffu_grpo" else self.C // self.T
+
+    @property
     def scored(self) -> int:
         """Positions whose logits the likelihood of a move reads."""
-        if self.method == "diffu_grpo":
-            return self.C
-        return self.block if self.counts_losers else self.C // self.T
+        return self.block if self.counts_losers else self.revealed
 
 
 @dataclass(frozen=True)

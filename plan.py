@@ -39,8 +39,6 @@ def step_cost(
     frozen = any(not p.requires_grad for p in net.parameters())
     old, ref = S * cfg.looks_back, S * (cfg.beta > 0)
     learnt = cfg.repeats * S * ((2 if frozen else 3) + cfg.checkpointing)
-    # of the reference: its tokens alone
-    revealed = cfg.C if cfg.method == "diffu_grpo" else cfg.C // cfg.T
     inner = L if cfg.cache == "none" else cfg.block + (L - cfg.block) * cfg.C // cfg.block / cfg.T
     hidden = (cfg.block + cfg.C // cfg.T) / 2  # positions of the block that are drawn, in the mean
     body, head = forward_flops(net, L, 0), forward_flops(net, 0, 1)
@@ -48,7 +46,7 @@ def step_cost(
     flops = {
         "rollout": forwards * (body * inner / L + hidden * head),
         "logp": (old + ref) * body
-        + (old * (cfg.scored + cfg.C * cfg.stepwise) + ref * revealed) * head,
+        + (old * (cfg.scored + cfg.C * cfg.stepwise) + ref * cfg.revealed) * head,
         "update": learnt * (body + cfg.scored * head),
     }
     return passes, flops
