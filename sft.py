@@ -34,7 +34,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import model
-from config import bring_defaults, checker, read
+from config import bring_defaults, checker, model_name, read
 from data import END_TOKENS, TASKS, WORDED, Problem, read_file
 from events import EventLog, compact, say
 from run import Halt, StopSignal, accelerate, read_state, sync
@@ -438,9 +438,8 @@ class Session:
     done: int = 0  # steps, by the checkpoint that it goes on from
 
 
-def prepare(cfg: Recipe, argv: list[str]) -> Session:
+def prepare(cfg: Recipe, state: dict | None, argv: list[str]) -> Session:
     """Load everything and begin the log. Bad input is found here."""
-    state = checkpoint_of(cfg)
     torch.manual_seed(cfg.seed)
     held, known, batches = examples(cfg)
     fingerprint = hashlib.blake2b(repr((held, known)).encode(), digest_size=8).hexdigest()
@@ -467,7 +466,7 @@ def prepare(cfg: Recipe, argv: list[str]) -> Session:
     if cfg.model:
         mask = tokenizer.convert_ids_to_tokens(net.config.mask_id)
         note(out, f"{trained:,} trained, {'bf16' if net.bf16 else 'float32'}, mask {mask}")
-    name, tasks = Path(cfg.model or cfg.out).name, cfg.data or " ".join(cfg.task)
+    name, tasks = model_name(cfg.model or cfg.out), cfg.data or " ".join(cfg.task)
     log.meta(cfg, name, s.done, task=f"sft: {tasks}", L=cfg.C, N=cfg.batch)
     return s
 
@@ -579,7 +578,10 @@ def checkpoint_of(cfg: Recipe) -> dict | None:
     state = read_state(file, "cpu", mmap=True)
     for name, began in state["recipe"].items():
         now = getattr(cfg, name, "no setting")
-        if name not in FREE and now != began:
+        same = now == began
+        if name == "model" and not same:  # of a hub, asked for without its commit
+            same = now.partition("@")[0] == model.unpinned(began)
+        if name not in FREE and not same:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} {now}: the run in --out {cfg.out} began with {began}")
     return state
@@ -623,7 +625,11 @@ def note(out: Path, line: str) -> None:
 def main(argv: list[str]) -> int:
     try:
         cfg = read(Recipe, argv, "sft.py")
-        session = prepare(cfg, argv)
+        state = checkpoint_of(cfg)
+        if cfg.model:  # one state of a hub's, however long this takes
+            path = state["recipe"]["model"] if state else model.pinned(cfg.model)
+            cfg = replace(cfg, model=path)
+        session = prepare(cfg, state, argv)
     except (ValueError, OSError) as error:
         print(f"sft: {error}", file=sys.stderr)
         return 2

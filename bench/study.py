@@ -394,14 +394,14 @@ def rate_table(task: str) -> list[str]:
 
 
 def equal_rates(task: str) -> list[str]:
-    """Entropy against the other selections at each rate that was tried for both, and at the mean of
-    the rates: which is best is itself uncertain."""
+    """Entropy against the other selections and the exact likelihood at each rate that was tried for
+    both, and at the mean of the rates: which is best is itself uncertain."""
     title, rule = COLUMNS.format("arms, learning rate").split("\n")
     lines, at = [], {}
     for row in recorded():
         if row["task"] == task and row["seed"] not in TUNING and current(row):
             at.setdefault(row["lr"], {})[row["arm"], row["seed"]] = row
-    for other in ("random", *SELECTING):
+    for other in ("random", *SELECTING, "exact"):
         found = {rate: contrast(at[rate], "entropy", other, "samples") for rate in sorted(at)}
         found = {rate: each for rate, each in found.items() if each["n"] > 5}
         if len(found) < 2:  # what there is stands among the best rates
@@ -418,7 +418,7 @@ def equal_rates(task: str) -> list[str]:
         pairs = {s: numpy.mean([pairs[s] for pairs in of_rates], axis=0) for s in seeds}
         lines.append(f"| entropy − {other}, mean of them | {cells(compared(pairs))} | |")
     if lines:
-        lines[:0] = ["Selections at the same learning rate, not planned:", ""]
+        lines[:0] = ["At the same learning rate, not planned:", ""]
         lines[2:2] = [f"{title} solved at the end, % |", f"{rule}---|"]
     return lines
 

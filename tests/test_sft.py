@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -340,6 +341,32 @@ def test_a_model_that_cannot_be_written_is_one_line_and_nothing_is_lost(tmp_path
     assert done.returncode == 0, done.stderr
     whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert (out / "model.safetensors").read_bytes() == whole
+
+
+def test_a_run_reads_one_state_of_a_hub_model(tmp_path, toy, backwards, monkeypatch):
+    """The second state differs, and is what the hub gives when the run goes on."""
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    cached, first, second = tmp_path / "models--someone--toy", "1" * 40, "2" * 40
+    toy_model(cached / "snapshots" / second, seed=5)
+    shutil.copytree(toy, cached / "snapshots" / first)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(first)
+    words = f"--model someone/toy --data {backwards} --steps 3 --batch 8 --C 6 --no-compile".split()
+    words += ["--lora-r", "2", "--out"]
+    assert sft.main([*words, str(tmp_path / "whole")]) == 0
+    out = tmp_path / "out"
+    (out / "adapter_config.json").mkdir(parents=True)  # in the place of a full disk
+    assert sft.main([*words, str(out)]) == 1
+    (out / "adapter_config.json").rmdir()
+    (cached / "refs" / "main").write_text(second)
+    assert sft.main([*words, str(out), "--resume"]) == 0
+    told = model.read_json(out / "adapter_config.json")
+    assert (told["base_model_name_or_path"], told["revision"]) == ("someone/toy", first)
+    whole = (tmp_path / "whole" / "adapter_model.safetensors").read_bytes()
+    assert (out / "adapter_model.safetensors").read_bytes() == whole
 
 
 # ---- from autoregressive to masked diffusion -----------------------------------------------------
