@@ -324,6 +324,8 @@ def parse(argv: list[str]) -> tuple[Config, Mode]:
     for flag in ("task", "model", "lora_r", "optimizer") * mode.resume:
         began = f"the run in --out {cfg.out} began with {getattr(defaults, flag)}"
         checker(cfg)(getattr(cfg, flag) == getattr(defaults, flag), flag, began)
+    if trains and not cfg.out and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise ValueError("--out: name a folder, in which --max-restarts of torchrun can go on")
     if cfg.shard and (mode.eval_only or mode.merge):
         raise ValueError("--shard: not with --eval-only or --merge")
     writes = mode.merge or trains and not mode.resume
@@ -461,8 +463,7 @@ def carry_on(cfg: Config) -> dict:
     how it was asked."""
     own = model_defaults(cfg.model)
     kept = "C T block order temperature cache quantize B G select minibatches prompt".split()
-    kept += ["train_set", "weights"]
-    kept += ["lora_r"] * (cfg.lora_r > 0)  # without it a quantised base would be refused
+    kept += ["train_set", "weights", "lora_r"]
     kept += ["K"] * (cfg.select != "all")  # there it is T, of which another rule would take all
     by_task = own.get("by_task", {})
     task = by_task.get(cfg.task, {}) | {name: getattr(cfg, name) for name in kept}

@@ -352,7 +352,7 @@ def number(text: str) -> Fraction | None:
     """The first number after the last equals sign, exactly: -3, $1,234.50, .5, 3/4, and as LaTeX
     writes them. None where it is only the beginning of a product, a power (2e6 too) or a root."""
     text = re.sub(r"\\[,!]|[{](?=,})|(?<={,)[}]", "", text).replace("−", "-")
-    text = re.sub(r"\\[dt]?frac{(\d+)}{(\d+)}", r"\1/\2", text)
+    text = re.sub(r"(?<!\d)\\[dt]?frac{(\d+)}{(\d+)}", r"\1/\2", text)
     digits = r"\d{1,3}(?:,\d{3}){1,9}(?!\d)|\d{1,40}"
     pattern = rf"(-?)\$? ?((?:{digits})(?:\.\d{{1,40}})?|\.\d{{1,40}})(?:/(\d{{1,40}}))?"
     for part in reversed(text.split("=")):
@@ -411,7 +411,8 @@ def sudoku_solutions(puzzle: str) -> tuple[str, ...]:
 def sudoku_rows(split: str, data_dir: str | None, fewest: int = 4) -> list[dict]:
     """Puzzles with one solution and `fewest` to 11 empty cells. Of the 288 grids, 200 are for
     training, 44 for validation and 44 for the test, so no split knows another's solutions. A
-    sudoku_test.csv in data_dir replaces the test split."""
+    sudoku_test.csv in data_dir replaces the test split; of its puzzles most have a solution that
+    training knows."""
     if split == "test" and (rows := stored("sudoku_test", data_dir)):
         return rows
     grids = random.Random(0).sample(sudoku_grids(), 288)
@@ -675,7 +676,7 @@ def math_judge(completion: str, answer: str) -> Reward:
     return Reward(correct + form, correct, correct=float(correct), format=form)
 
 
-NUMBER = re.compile(r"-?\d{1,3}(?:,?\d{3}){0,9}(?:\.\d{1,30})?", re.ASCII)
+NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3}){1,9}|\d{1,40})(?:\.\d{1,30})?", re.ASCII)
 HOPELESS = re.compile(  # would take for ever to work out, or is no answer
     r"\^\s*(?:\{[^{}]*|[\w.(]+)\s*\^|\^[\s{(+-]*\d{4}|[)}]\s*\^[\s{(+-]*\d{3}"  # towers of powers
     r"|\d{3}\s*[)}]*\s*!|!\s*!"  # large factorials
@@ -698,7 +699,8 @@ def same_math(found: str, gold: str) -> bool:
     tidy_found, tidy_gold = tidy(found), tidy(gold)
     if tidy_found == tidy_gold:
         return True
-    if NUMBER.fullmatch(tidy_found) and NUMBER.fullmatch(tidy_gold):
+    listed = ", " in found + gold
+    if NUMBER.fullmatch(tidy_found) and NUMBER.fullmatch(tidy_gold) and not listed:
         return number(tidy_found) == number(tidy_gold)
     if len(found) > 200 or found.count("{") != found.count("}") or not re.search(r"\w", found):
         return False
@@ -808,9 +810,14 @@ class approx:
             near = [approx(v, self.rel, self.abs) for v in self.value]
             return len(near) == len(other) and all(map(approx.__eq__, near, other))
         return abs(other - self.value) <= max(self.rel * abs(self.value), self.abs)
+class mark:
+    def __getattr__(self, name):
+        return self
+    def __call__(self, *given, **more):
+        return given[0] if given and callable(given[0]) else self
 sys.modules["pytest"] = types.ModuleType("pytest")
-vars(sys.modules["pytest"]).update(raises=raises, approx=approx)
-"""  # the part of pytest that KodCode's tests use; the sandbox has no pytest
+vars(sys.modules["pytest"]).update(raises=raises, approx=approx, mark=mark(), fixture=mark())
+"""  # the part of pytest that KodCode's tests use, and decorators of what only stands beside them
 
 
 def parse(code: str) -> ast.Module:

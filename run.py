@@ -199,8 +199,9 @@ class StopSignal:
 
 def stopped(run: Run) -> Halt:
     """What to raise after a signal: how to go on."""
-    several = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', run.ranks.world)}"
-    start = several if run.ranks.world > 1 else "python"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", run.ranks.world))
+    nodes = f"--nnodes {run.ranks.world // here} " * (run.ranks.world > here)
+    start = f"torchrun {nodes}--nproc-per-node {here}" if run.ranks.world > 1 else "python"
     again = f"{start} {shlex.join([sys.argv[0], '--out', run.cfg.out, '--resume'])}"
     code = 128 + (run.stop.number or signal.SIGTERM)
     return Halt(f"stopped by a signal; continue with: {again}", code)
@@ -652,8 +653,10 @@ def describe(cfg: Config, out: Path) -> None:
     """What a reader needs to repeat the run: settings, source and versions."""
     put(out / "config.json", json.dumps(asdict(cfg), indent=2))
     (out / "source").mkdir(exist_ok=True)
-    for file in Path(__file__).resolve().parent.glob("*.py"):
-        shutil.copy(file, out / "source")
+    started = Path(sys.argv[0])  # perhaps a task of the user's own
+    for file in (*Path(__file__).resolve().parent.glob("*.py"), started):
+        if file.suffix == ".py" and file.exists():
+            shutil.copy(file, out / "source")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     versions = sorted(f"{d.name} {d.version}" for d in importlib.metadata.distributions())
     lines = [f"python {platform.python_version()}", *versions, f"gpu {gpu}", f"git {git_commit()}"]
@@ -708,7 +711,7 @@ def save_checkpoint(run: Run, step: int) -> None:
         text = json.dumps(carry_on(cfg), indent=2)
         (temporary / "defaults.json").write_text(text + "\n")
         state = {} if cfg.shard else {"optimizer": run.optimizer.state_dict()}
-        state |= {"step": step, "compute": run.log.compute}
+        state |= {"step": step, "compute": run.log.compute, "world": run.ranks.world}
         torch.save(state, temporary / "trainer.pt")
         for file in (*temporary.iterdir(), temporary):
             sync(file)
@@ -733,6 +736,11 @@ def restore(
         load_shards(policy, optimizer, checkpoint / "sharded")
     else:
         optimizer.load_state_dict(state["optimizer"])
+    if (world := state.get("world", ranks.world)) != ranks.world:
+        say(
+            f"warning: the run had {world} processes, now {ranks.world}: a step has other prompts, "
+            "and some come again before all have had their turn"
+        )
     return state["step"], state.get("compute", {})
 
 
@@ -782,11 +790,11 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the last `keep` checkpoints by step, the best and the latest one, which is not
-    among them where a run was set back; or as much as can be."""
+    """Remove all but the last `keep` checkpoints by step, the best, the latest one, which is not
+    among them where a run was set back, and those with an evaluation; or as much as can be."""
     linked = [(folder / name).resolve().name for name in ("best", "latest")]
     for old in checkpoints(folder)[:-keep]:
-        if old.name not in linked:
+        if old.name not in linked and not any(old.glob("test-*")):
             shutil.rmtree(old, ignore_errors=True)
 
 

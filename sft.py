@@ -224,7 +224,9 @@ def make_tokenizer(rows: list[Demonstration], size: int = 400) -> PreTrainedToke
     base.decoder = decoders.ByteLevel()
     known = phrases(rows)
     between = re.compile("|".join(map(re.escape, known)))
-    texts = [part for row in rows for text in row[1:] for part in between.split(text)]
+    texts = [text for row in rows for text in row[1:]]
+    if known:  # split by nothing, they would fall into letters
+        texts = [part for text in texts for part in between.split(text)]
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=[END, MASK, PAD], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -340,6 +342,8 @@ def choose_mask(tokenizer, taken: set[int]) -> int:
 def open_autoregressive(path: str, device: torch.device, dtype: torch.dtype):
     """The network as one of masked diffusion, and its tokenizer. What is a mask already stays; one
     chosen here begins as the mean of all tokens. ValueError if it is not of such a family."""
+    if model.adapter_rank(path):
+        raise ValueError(f"--adapt: {path} is an adapter: merge it into its base first")
     tokenizer = model.load_tokenizer(path)
     tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
     try:
@@ -526,7 +530,7 @@ def train(cfg: Recipe, s: Session) -> None:
             s.log.it, mean = step, torch.stack(losses).mean()
             m = {"loss": mean.item(), "grad_norm": norm.item()}
             if not all(map(math.isfinite, m.values())):  # the last checkpoint is before that
-                raise Halt(f"by step {step}, {compact(m)}: lower --lr {cfg.lr}")
+                raise Halt(f"by step {step}, {compact(m)}: lower --lr {cfg.lr}, in a new --out")
         if looks:
             report(cfg, s, m | {"t/total": (time.perf_counter() - began) / (step - told)}, held_NL)
             losses, told, began = [], step, time.perf_counter()

@@ -92,6 +92,21 @@ def test_full_weights_are_not_rounded_again_by_the_defaults_they_bring(tmp_path)
     assert (merged.quantize, merged.lora_r) == ("none", config.of_model("tiny").lora_r)
 
 
+def test_weights_that_were_trained_whole_get_no_adapters_by_their_defaults(tmp_path):
+    plain = write(tmp_path / "plain")
+    trained = dataclasses.replace(config.of_model(plain, "sudoku"), lora_r=0)
+    path = write(tmp_path / "whole", defaults=config.carry_on(trained))
+    assert config.of_model(plain, "sudoku").lora_r > config.of_model(path, "sudoku").lora_r == 0
+
+
+def test_restarts_need_a_folder_to_go_on_in(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ValueError, match="--out: name a folder"):
+        config.parse(["--model", "tiny"])
+    assert config.parse(["--model", "tiny", "--out", str(tmp_path / "x")])[0].out
+    assert config.parse(["--model", "tiny", "--eval-only"])
+
+
 def test_a_run_goes_on_with_the_state_of_a_hub_model_that_it_began_with(tmp_path):
     began = f"someone/model@{'0a' * 20}"
     out = write(tmp_path / "run", config={"task": "sudoku", "model": began})

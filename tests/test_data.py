@@ -277,7 +277,7 @@ def test_countdown_splits_share_no_problem_in_any_order_and_each_is_solvable():
      ("70\\text{ minutes}", 70), ("x =", None), ("= 7 =", 7), ("10,000,000", 10**7),
      ("3{,}000", 3000), ("3,\\!000", 3000), ("3\\,000", 3000), ("−4", -4), ("\\frac{6}{2}", 3),
      ("3\\times 4 = 12", 12), ("3\\times 10^2", None), ("2^3", None), ("4\\sqrt{2}", None),
-     ("2.5e6", None), ("5e-07", None)],
+     ("2.5e6", None), ("5e-07", None), ("3\\frac{1}{2}", None)],
 )  # fmt: skip
 def test_a_number_is_read_exactly(text, value):
     assert data.number(text) == value
@@ -305,7 +305,8 @@ def test_gsm8k_pays_for_the_number_and_a_little_for_the_form(completion, correct
      ("9999!", "1", False), ("1 1/2", "11/2", False), ("x = 5", "y = 5", False),
      ("10\\,080", "10,080", True), ("x=5", "5", True), ("r^2 \\pi", "\\pi r^2", True),
      ("\\left( 1,2 \\right)", "(1, 2)", True), ("\\text{east}", "east", True),
-     ("45^\\circ", "45", True)],
+     ("45^\\circ", "45", True), ("1,234567", "1", False), ("1234,567", "1234", False),
+     ("100, 200", "100200", False), ("200, 100", "100, 200", True), ("1,234", "1234", True)],
 )  # fmt: skip
 def test_math_answers_are_compared_as_algebra(found, gold, same):
     problem = data.TASKS["math"].problem({"problem": "?", "answer": gold})
@@ -421,6 +422,26 @@ def test_kodcode_rows_become_one_test_a_function():
     assert share("mbpp", KODCODE_ROW, fenced(KODCODE_ROW["solution"])) == 1
     assert share("mbpp", KODCODE_ROW, fenced("def root(n):\n    return n")) == 0
     assert share("mbpp", KODCODE_ROW, fenced("def root(n):\n    return int(abs(n)**0.5)")) == 2 / 3
+
+
+def test_what_only_pytest_could_run_harms_no_other_test_of_its_row():
+    beside = """
+@pytest.fixture(scope="module")
+def nine():
+    return 9
+
+def test_nine_again(nine):
+    assert root(nine) == 3
+
+class TestRoot:
+    @pytest.mark.parametrize("n", [9])
+    def test_n(self, n):
+        assert root(n) == 3
+"""
+    row = KODCODE_ROW | {"test": KODCODE_ROW["test"] + beside}
+    assert len(data.TASKS["mbpp"].problem(row).answer["job"]["tests"]) == 3
+    assert share("mbpp", row, fenced(row["solution"])) == 1
+    assert share("mbpp", row, fenced("def root(n):\n    return n")) == 0
 
 
 def test_kodcode_tests_may_import_the_solution_whole():

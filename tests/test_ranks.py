@@ -163,4 +163,6 @@ def test_ranks_resume_what_the_first_one_finds_and_from_the_same_step(toy, tmp_p
     assert done.returncode == 2 and "not one folder for all ranks" in done.stderr
     done = run(*again, ranks=2, script=alone, FAULT="old link")
     assert done.returncode == 0, done.stderr
-    assert same(weights(tmp_path / "whole"), weights(out))
+    assert same(weights(tmp_path / "whole"), weights(out)) and "warning" not in done.stdout
+    done = run("--out", out, "--resume", "--steps", 7)
+    assert "warning: the run had 2 processes, now 1" in done.stdout, done.stderr

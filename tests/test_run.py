@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -60,6 +61,7 @@ def test_a_run_leaves_everything_that_the_monitor_and_a_reader_need(whole, toy):
     cfg = json.loads((whole / "config.json").read_text())
     assert cfg["steps"] == 6 and cfg["P"] > 0 and cfg["task"] == "letters"
     assert (whole / "source" / "egspo.py").read_text() == (REPO / "egspo.py").read_text()
+    assert (whole / "source" / "letters.py").read_text() == LETTERS.read_text(), "its own task"
     assert "torch" in (whole / "source" / "env.txt").read_text()
     assert (whole / "checkpoints" / "latest").resolve().name == "step-6"
     assert not same(weights(whole), load_file(toy / "model.safetensors"))
@@ -296,8 +298,26 @@ def test_the_newest_checkpoints_and_the_best_one_are_kept(tmp_path, monkeypatch)
     assert config.newest("runs/x") == str((folder / "step-9").resolve())
     (folder / "step-10").mkdir()  # of a run that was set back before 11
     running.link(folder / "latest", "step-10")
+    (folder / "step-9" / "test-sudoku.json").write_text("[]")
+    running.link(folder / "best", "step-12")
     running.prune(folder, keep=2)
     assert (folder / "latest").exists()
+    assert (folder / "step-9" / "test-sudoku.json").exists(), "somebody's evaluation"
+
+
+@pytest.mark.parametrize(
+    "world, start",
+    [(1, "python"), (8, "torchrun --nproc-per-node 8"),
+     (16, "torchrun --nnodes 2 --nproc-per-node 8")],
+)  # fmt: skip
+def test_a_stopped_run_says_how_all_its_processes_go_on(monkeypatch, world, start):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(min(world, 8)))
+    monkeypatch.setattr(sys, "argv", ["egspo.py"])
+    halted = SimpleNamespace(
+        ranks=SimpleNamespace(world=world), cfg=config.Config(out="x"),
+        stop=SimpleNamespace(number=signal.SIGINT),
+    )  # fmt: skip
+    assert f"continue with: {start} egspo.py --out x --resume" in str(running.stopped(halted))
 
 
 def test_a_second_writer_is_refused(toy, tmp_path):

@@ -26,7 +26,7 @@ import sft
 from data import TASKS, WORDED, Problem
 from events import Log
 from processes import REPO, Forked, events, run, train
-from test_model import some_ids
+from test_model import some_ids, with_adapter
 from toy import END, autoregressive, byte_tokenizer, toy_model
 
 TINY = REPO / "tiny"
@@ -117,6 +117,13 @@ def test_prompts_and_right_answers_are_short_for_the_embedded_tokenizer(name, to
         _, prompt, completion = rows[0]
         for text in (prompt, completion):
             assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_rows_that_share_no_phrase_are_learnt_in_more_than_letters():
+    rng, words = random.Random(0), "river stone cloud apple green seven night water".split()
+    text = lambda: " ".join(rng.choices(words, k=6))
+    made = sft.make_tokenizer([("data", text(), text()) for _ in range(100)])
+    assert len(made("river stone cloud")["input_ids"]) < 10
 
 
 def test_each_digit_is_a_token_of_its_own(tokenizer):
@@ -456,6 +463,11 @@ def test_what_is_of_masked_diffusion_already_is_not_adapted_again(tmp_path, toy,
     words = f"--adapt --model {toy} --data {backwards} --out {tmp_path / 'out'} --steps 1"
     assert sft.main(words.split()) == 2
     assert "masked diffusion already" in capsys.readouterr().err
+    net = with_adapter(model.load(toy))
+    model.save(net, tmp_path / "adapter")
+    words = words.replace(str(toy), str(tmp_path / "adapter"))
+    assert sft.main(words.split()) == 2
+    assert "is an adapter: merge it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("C", [1, 6, 7, 24, 64, 100, 300])
