@@ -223,7 +223,7 @@ class EventLog:
             )
             revealed = [
                 [i, self.tokenizer.decode([ids[i]]), nats[i]]
-                for i in range(self.cfg.C)
+                for i in sorted(range(self.cfg.C), key=when.__getitem__)  # in order of time
                 if seen <= when[i] <= t
             ]
             H = mean_by_step(roll.entropy_NT[:, seen : t + 1])
@@ -446,18 +446,17 @@ class Tail:
     def read(self, limit: int = 1 << 20) -> tuple[bool, Lines]:
         """(started over?, new lines) of `limit` bytes at most; none if there is no file."""
         try:
-            file = open(self.path, "rb")
-        except FileNotFoundError:
+            with open(self.path, "rb") as file:
+                stat, head = os.fstat(file.fileno()), file.read(64)
+                same = stat.st_ino == self.inode and stat.st_size >= self.offset
+                again = self.offset > 0 and not (same and head.startswith(self.head))
+                file.seek(0 if again else self.offset)
+                chunk = file.read(limit)
+        except OSError:  # there is none yet, or a network's disk is away for a while
             return False, []
-        with file:
-            stat, head = os.fstat(file.fileno()), file.read(64)
-            same = stat.st_ino == self.inode and stat.st_size >= self.offset
-            again = self.offset > 0 and not (same and head.startswith(self.head))
-            if again:
-                self.offset = self.holes = 0
-            self.inode, self.head = stat.st_ino, head[: self.offset or None]
-            file.seek(self.offset)
-            chunk = file.read(limit)
+        if again:
+            self.offset = self.holes = 0
+        self.inode, self.head = stat.st_ino, head[: self.offset or None]
         end = chunk.rfind(b"\n") + 1
         if not end and len(chunk) == limit:
             end = limit  # no event is this long: count it as a bad line
@@ -510,6 +509,7 @@ class History:
     rollout: list[bytes] = field(default_factory=list)  # `denoise` lines since the last `step`
     phase: str = ""
     it: int = 0  # the iteration being worked on
+    rows: int = 0  # of the last step, whose means `entropy` and `share` are
     done: int = 0  # updates made
     ckpt: dict = field(default_factory=dict)
     end: dict | None = None
@@ -572,7 +572,7 @@ class History:
         metrics = {name: number(value) for name, value in event["m"].items()}
         entropy = [number(value) for value in event.get("ent") or []]
         chosen = [int(n) for n in event.get("sel") or []]
-        rows = int(event.get("n") or max(chosen, default=0)) or 1
+        self.rows = rows = int(event.get("n") or max(chosen, default=0)) or 1
         for name, value in metrics.items():
             if not math.isfinite(value) and math.isfinite(self.latest(name) or 0.0):
                 self.alerts.append((it, "error", f"{name} is {value}"))
@@ -613,6 +613,12 @@ class History:
 
     def latest(self, name: str) -> float | None:
         return next(reversed(self.series.get(name, {}).values()), None)
+
+    @property
+    def evaluations(self) -> list[tuple[int, str, dict]]:
+        """(it, split, what it said): all of the validation split, the last of each other."""
+        found = [(it, "eval", e) for it, e in self.evals.items()]
+        return found + [(e["it"], split, e) for split, e in self.tests.items()]
 
     @property
     def accuracy(self) -> float | None:
@@ -720,7 +726,9 @@ class Log:
         while True:
             again, lines = self.tail.read()
             if again:
+                edition = self.history.edition
                 self.forget()
+                self.history.edition = edition + 1  # what was drawn of the old one is not of it
             self.waiting.extend(lines)
             self.first = self.first or stamp(self.waiting[0][1] if self.waiting else b"")
             while self.waiting and (not self.speed or stamp(self.waiting[0][1]) <= self.now()):

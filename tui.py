@@ -33,7 +33,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from rich.cells import cell_len, set_cell_size  # the widths Textual goes by
@@ -107,7 +107,7 @@ def cells(line: Line) -> int:
 def fit(line: Line, w: int) -> Line:
     """Exactly `w` cells, cut (never through a wide character) or padded; like styles joined."""
     runs = itertools.groupby(line, key=lambda part: part[1])
-    segments = [Segment("".join(text for text, _ in run), style) for style, run in runs]
+    segments = [Segment("".join(t for t, _ in run).replace("\n", "↵"), s) for s, run in runs]
     return [part[:2] for part in Segment.adjust_line_length(segments, w, "")]
 
 
@@ -173,14 +173,17 @@ def panel(title: str, draw: Draw, right: str = "", hot: bool = False, foot: str 
     return boxed
 
 
+def short(value: float, most: int = 7, forms=(".4g", ".2e", ".1e", ".0e")) -> str:
+    """As the first of these formats that takes at most so many cells, else the last."""
+    texts = [re.sub(r"\.?0*e\+?(-?)0?", r"e\1", f"{value:{form}}").rstrip(".") for form in forms]
+    return next((text for text in texts if len(text) <= most), texts[-1])
+
+
 def num(value: float | None) -> str:
     """Three digits that matter, or fewer, in at most seven cells."""
     if value is None:
         return "-"
-    text = f"{value:.0f}" if 100 <= abs(value) < 1e5 else f"{value:#.3g}".rstrip(".")
-    for form in (".2g", ".0e"):
-        text = text if len(text) <= 7 else re.sub(r"e\+?(-?)0", r"e\1", f"{value:{form}}")
-    return text
+    return short(value, 7, (".0f" if 100 <= abs(value) < 1e5 else "#.3g", ".2g", ".0e"))
 
 
 def span(seconds: float) -> str:
@@ -210,7 +213,7 @@ def nice(low: float, high: float, ticks: int) -> tuple[float, float, float]:
         low, high = (low - 0.1 * size, high + 0.1 * size) if size > 1e-9 else (0.0, 1.0)
     raw = (high - low) / max(1, ticks)
     power = 10 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
     return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step, step
 
 
@@ -267,16 +270,14 @@ def strip(
     return fill([*lines, step_axis(n, left, w, t, every)], w, h)
 
 
-def bars(values: Numbers, columns: list[range], pitch: int, low: float, high: float) -> Line:
-    """A line of small bars, each the mean of a column; one that is not a number stays visible."""
+def bars(values: Numbers, columns, pitch, low: float, high: float, lost=("×", "orange")) -> Line:
+    """A line of small bars, each the mean of a column; one that is not a number is `lost`."""
     line: Line = []
     for steps in columns:
-        group = [values[i] for i in steps if i < len(values)]
-        x = (statistics.fmean(group) - low) / (high - low) if group and high > low else 0.3
-        if math.isfinite(x):
-            line.append((BARS[max(0, min(round(7 * x), 7))] * pitch, heat(x, 0.3)))
-        else:
-            line.append(("×" * pitch, "orange"))
+        x = statistics.fmean([values[i] for i in steps if i < len(values)] or [math.nan])
+        x = (x - low) / (high - low) if high > low else 0 * x + 0.3  # nan stays
+        c, style = (BARS[max(0, min(round(7 * x), 7))], heat(x, 0.3)) if math.isfinite(x) else lost
+        line.append((c * pitch, style))
     return line
 
 
@@ -300,7 +301,9 @@ def carpet(data: Sequence[Numbers], its: Sequence[int], high: float, it: int | N
             here = it in its[rows[0] : rows[-1] + 1]
             label = it if here else its[rows[-1]] if y % 3 == 0 else ""
             margin = f"{'▸' if here else ' '}{label:>4}  ", "bold fg" if here else "dim"
-            lines.append([margin, *bars(data[rows[-1]], columns, pitch, 0.0, high)])
+            row = data[rows[-1]]  # at some steps no trajectory may have been
+            known = [[i for i in steps if finite(row[i : i + 1])] or steps for steps in columns]
+            lines.append([margin, *bars(row, known, pitch, 0.0, high, ("·", "mask"))])
         return fill([*lines, step_axis(T, 7, w)], w, h)
 
     return draw
@@ -351,7 +354,7 @@ def chart(
     its = [it for c in curves for it in (c.its[0], c.its[-1])] + [it for it, _ in points]
     named = sorted((c for c in curves if c.label and finite(c.values)), key=end, reverse=True)
     longest = max((cell_len(c.label) + 1 for c in named), default=0)
-    left, right = (7, min(20, w // 3, longest)) if w >= 30 else (0, 0)
+    left, right = (8, min(20, w // 3, longest)) if w >= 30 else (0, 0)
     if not its or w < 4 or h < 2:
         return message("no data yet")(w, h)
     shown = finite([v for c in curves for v in c.values] + [v for _, v in points])
@@ -377,14 +380,14 @@ def chart(
             glyph, style = canvas.get(place, (" ", "dim"))
             canvas[place] = glyph, f"{style} on line"
     values = [low + i * tick for i in range(round((high - low) / tick) + 1)]
-    ticks = {y(v) // 4: f"{10.0 ** min(300, v) if log else v:.4g}"[:6] for v in values}
+    ticks = {y(v) // 4: short(10.0 ** min(300, v) if log else v) for v in values}
     ends: dict[int, Curve] = {}  # by line, moved apart where they would collide
     for i, curve in enumerate(named):
         row = max(y(end(curve)) // 4, max(ends, default=-1) + 1)
         ends[min(row, below - len(named) + i)] = curve
     lines: list[Line] = []
     for row in range(below):
-        rail = f"{ticks.get(row, ''):>6}{'┤' if row in ticks else '│'}" if left else ""
+        rail = f"{ticks.get(row, ''):>7}{'┤' if row in ticks else '│'}" if left else ""
         name = [(f" {ends[row].label}", ends[row].colour)] if row in ends else []
         dots = [canvas.get((i, row), (" ", "")) for i in range(wide)]
         lines.append([(rail, "dim"), *dots, *name])
@@ -480,7 +483,8 @@ class Picture:
         sample, line = self.sample, []
         for name, values in (("adv", sample.adv), ("guess", sample.srw), ("ratio", sample.ratio)):
             for value in [v for when, v in zip(sample.sel, values) if when == t][:1]:
-                text = ("+" if name == "adv" and value > 0 else "") + num(value)
+                sign = "+" if name == "adv" and value > 0 else ""
+                text = sign + short(value, 6, ("#.3g", ".2g", ".0e"))
                 line += [(f" {name} ", "dim"), (f"{text:<7}", "bold fg")]
         return line
 
@@ -638,19 +642,20 @@ class View:
 
     def move_sample(self, by: int) -> None:
         """To another line of the table in view 4; elsewhere to another sample, then iteration."""
-        keys = self.keys() if self.number == 4 else View([self.log]).keys()[::-1]
+        keys = sorted((it, s) for it, of in self.history.samples.items() for s in of)
+        keys = self.keys() if self.number == 4 else keys
         self.stay()
         if keys:
             at = keys.index((self.it, self.s)) + by if (self.it, self.s) in keys else 0
             self.it, self.s = keys[clamp(at, len(keys))]
 
     def move_iteration(self, by: int) -> None:
-        its = sorted(self.history.entropy) or [0]
+        its = sorted(self.history.entropy or self.history.series.get("t/total", ())) or [0]
         at = bisect_left(its, its[-1] if self.it is None else self.it)
         self.put(dict(it=its[clamp(at + by, len(its))], follow=False, playing=False))
 
     def move_alert(self, by: int) -> None:
-        here = self.history.it if self.it is None else self.it
+        here = self.history.it + 1 if self.it is None else self.it
         alerts = [alert for alert in self.history.alerts if (alert[0] - here) * by > 0]
         if alerts:
             it, _, text = min(alerts) if by > 0 else max(alerts)
@@ -746,7 +751,7 @@ def strip_panel(view: View, sample: Sample | None) -> Draw:
     elif history.entropy:
         it = max(history.entropy) if view.it is None else nearest(history.entropy, view.it)
         entropy, share, sel = history.entropy[it], history.share[it], ()
-        what = f"{it}, mean of {history.size('N') or 'the batch'}"
+        what = f"{it}, mean of {history.rows or 'the batch'}"
         right = "▲ chosen, strong: by many"
     else:
         return panel("entropy", message("waiting for the first rollout"))
@@ -765,9 +770,9 @@ def curves_of(view: View, name: str) -> list[Curve]:
         if name == "eval":
             series = {it: e["accuracy"] for it, e in log.history.evals.items()}
         series = log.history.along(view.axis, series)
-        values = smooth(series.values(), view.smooth * (name != "eval"))
+        values = smooth(series.values(), view.smooth * (not name.startswith("eval")))
         if values:
-            label = f"{num(values[-1])} {clean(log.name)}" if len(view.logs) > 1 else ""
+            label = f"{num([*series.values()][-1])} {clean(log.name)}" * (len(view.logs) > 1)
             curves.append(Curve(label, list(series), values, colour))
     return curves
 
@@ -779,7 +784,8 @@ def curve_panel(view: View, name: str, hot: bool = False) -> Draw:
     if view.zoom and curves:
         at = () if view.it is None else history.along(view.axis, {view.it: 0})
         cursor = next(iter(at), curves[-1].its[-1])
-        at = [c.values[min(bisect_left(c.its, cursor), len(c.its) - 1)] for c in curves]
+        exact = curves_of(replace(view, smooth=0.0), name)
+        at = [c.values[min(bisect_left(c.its, cursor), len(c.its) - 1)] for c in exact]
         right = f"at {cursor}: {'   '.join(map(num, at))}"
     return panel(name, lambda w, h: chart(curves, view.log_scale, (), cursor, w, h), right, hot=hot)
 
@@ -790,7 +796,7 @@ def reward_panel(view: View) -> Draw:
     parts = [name for name in history.series if re.fullmatch("reward/(?!mean|std).*", name)]
     for name, colour in zip(["reward/mean", *parts[:2]], CURVES):
         for curve in curves_of(view, name):
-            label = f"{num(curve.values[-1])} {name[7:]}"
+            label = f"{num(history.latest(name))} {name[7:]}"
             curves.insert(0, replace(curve, colour=colour, label=label))
     evals = {it: e["accuracy"] for it, e in history.evals.items()}
     points = list(history.along(view.axis, evals).items())
@@ -828,7 +834,7 @@ def caption(sample: Sample, t: int, w: int, most: int) -> list[Line]:
     head = [
         (f"it {sample.it} · prompt {sample.p} · sample {sample.s}  ", "bold fg"),
         (reward, "teal" if sample.ok else "orange"),
-        (f"step {t}/{sample.T - 1}  H {entropy}  {tokens}", "dim"),
+        (f"step {t}/{sample.T - 1}  {'mean ' * sample.live}H {entropy}  {tokens}", "dim"),
     ]
     question, n = f"Q: {clean(sample.prompt)}".replace("\n", " "), max(1, w)
     if len(question) > n * most > 0:  # the puzzle itself often comes last
@@ -997,10 +1003,7 @@ def run_view(view: View, w: int, h: int) -> list[Line]:
         "log": f"{told['log']}: {history.lines} lines, {history.bad} unreadable",
         "checkpoint": told["checkpoint"],
     }
-    for it, e in [
-        *list(history.evals.items())[-3:],
-        *((e["it"], e) for e in history.tests.values()),
-    ]:
+    for it, _, e in history.evaluations[-3 - len(history.tests) :]:
         interval = f"({e['lo']:.1%} to {e['hi']:.1%}) " if "lo" in e and "hi" in e else ""
         share = f"{e['accuracy']:.1%} {interval}of {e['n']} {e['split']}"
         facts[f"{e['split'] or 'eval'} at {it}"] = share
@@ -1135,7 +1138,8 @@ def frame(view: View, w: int, h: int) -> list[Line]:
     screen = help_view if view.help else SCREENS[view.number - 1]
     lines = [header(view, w), *fill(screen(view, w, h - 2), w, h - 2), footer(view, w)]
     if view.ascii:
-        return [[(text.translate(ASCII), style) for text, style in line] for line in lines]
+        narrow = partial(re.sub, "[^ -~]", lambda c: "?" * cell_len(c[0]))
+        return [[(narrow(text.translate(ASCII)), style) for text, style in line] for line in lines]
     return lines
 
 
@@ -1313,15 +1317,14 @@ def print_lines(log: Log, hz: float) -> None:
         behind, history = log.poll(), log.history
         names = [name for name in METRICS if name in history.series][:8]
         lines = {(it, 2, f"{level}  {text}") for it, level, text in history.alerts}
-        for it, e in history.evals.items():
-            lines.add((it, 0, f"eval  accuracy {e['accuracy']:.1%} of {e['n']}"))
+        for it, split, e in history.evaluations:
+            lines.add((it, 0, f"{split}  accuracy {e['accuracy']:.1%} of {e['n']}"))
         for it in history.series.get("t/total", history.entropy):
-            values = [f"{name} {num(history.series[name].get(it))}" for name in names]
-            lines.add((it, 1, "  ".join(values)))
+            lines.add((it, 1, "  ".join(f"{n} {num(history.series[n].get(it))}" for n in names)))
         for it, _, text in sorted(lines - told):
             print(f"it {it:>5}  {text}", flush=True)
         told |= lines
-        if not behind and log.status()[0] not in (*GOING, "waiting"):
+        if not behind and not log.waiting and log.status()[0] not in (*GOING, "waiting"):
             return print(f"{log.status()[0]} after {history.done} steps", flush=True)
         time.sleep(0 if behind else 1 / hz)
 
@@ -1385,6 +1388,7 @@ def first_view(args: argparse.Namespace, logs: Sequence[Log]) -> View:
 
 def main() -> int:
     args = arguments()
+    sys.stdout.reconfigure(errors="replace")
     served = "TEXTUAL_DRIVER" in os.environ  # a browser is at the other end
     dumb = os.environ.get("TERM", "dumb") == "dumb" or os.environ.get("CI")
     terminal = all(s.isatty() for s in (sys.__stdin__, sys.__stdout__, sys.__stderr__)) and not dumb
@@ -1397,9 +1401,8 @@ def main() -> int:
                 raise FileNotFoundError(f"no runs in {folder}")
         else:
             paths = [find(name) for name in args.runs or [None]]
-        for path in paths:
-            if not live and not path.exists():
-                raise FileNotFoundError(f"no events yet: {path}")
+        if lost := [path for path in paths if not live and not os.access(path, os.R_OK)]:
+            raise FileNotFoundError(f"no events yet, or none that we may read: {lost[0]}")
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 2
@@ -1411,10 +1414,10 @@ def main() -> int:
             pass
         if log.history.bad == log.history.lines > 0:
             print(f"{log.path}: no event log, none of its lines is an event", file=sys.stderr)
-            if not args.list:
-                return 2
             logs.remove(log)
-    if any(log.history.newer for log in logs):
+            if not (args.list and logs):
+                return 2
+    if any(log.history.newer for log in logs) and not args.list:
         print(f"the log is newer than version {SCHEMA}: update tui.py", file=sys.stderr)
         return 3
     view, size = first_view(args, logs), shutil.get_terminal_size((120, 40))
@@ -1422,6 +1425,7 @@ def main() -> int:
         app = make_app(view, args.hz)
         signal.signal(signal.SIGTERM, lambda *_: app.exit())  # the terminal is put back in order
         app.run()
+        return app.return_code or 0
     elif args.list:
         print("\n".join(run_line(log, str(log.path.parent)) for log in logs))
     elif args.json:
@@ -1435,8 +1439,7 @@ def main() -> int:
             print(f"--svg {args.svg}: {error.strerror}", file=sys.stderr)
             return 2
     else:
-        encoding = sys.stdout.encoding or "ascii"
-        print(plain(frame(view, *size)).encode(encoding, "replace").decode(encoding))
+        print(plain(frame(view, *size)))
     return 0
 
 

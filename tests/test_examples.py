@@ -7,7 +7,7 @@ from processes import REPO, run
 from toy import autoregressive, toy_model
 
 sys.path.insert(0, str(REPO / "examples"))
-sys.path.insert(0, str(REPO / "bench"))
+sys.path.append(str(REPO / "bench"))
 import loop
 import real
 import words

@@ -21,6 +21,7 @@ import egspo
 import model
 import plan
 import run as running
+from events import History
 from events import read as finished
 from processes import (
     LETTERS,
@@ -100,6 +101,15 @@ def test_a_run_leaves_everything_that_the_monitor_and_a_reader_need(whole, toy):
             len(event["sel"]) == len(event["adv"]) == len(event["ratio"]) == len(event["srw"]) == 2
         )
         assert len(event["x0"]) == 2 and len(event["x0"][0]) == 12
+    rolling, shown = History(), {}
+    for line in (whole / "events.jsonl").read_bytes().splitlines():
+        event = json.loads(line)
+        rolling.feed(line)
+        if event["e"] == "denoise":  # what the monitor shows while it is decoded, at last all
+            shown[event["it"]] = rolling.live().rev
+        if event["e"] == "sample" and event["s"] == 0:
+            assert shown.pop(event["it"]) == event["rev"]
+    assert len(shown) < 6
     assert "denoise" in kinds and "group" in kinds and "phase" in kinds
     assert all(len(line) < 65536 for line in (whole / "events.jsonl").read_bytes().splitlines())
 

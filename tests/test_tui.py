@@ -25,7 +25,7 @@ import tui
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT / "tests" / "run" / "events.jsonl"  # a run of the default, as the trainer wrote it
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.append(str(ROOT / "bench"))
 SIZES = [(220, 60), (160, 45), (120, 40), (80, 24), (60, 16), (40, 12), (20, 5)]
 
 
@@ -165,6 +165,9 @@ def test_a_missing_file_is_waited_for_and_a_deleted_one_keeps_its_state(tmp_path
     log.poll()
     assert log.history.done == 1
     log.path.unlink()
+    log.poll()
+    assert log.history.done == 1
+    log.path.mkdir()  # in the place of a disk that cannot be read for a while
     log.poll()
     assert log.history.done == 1
 
@@ -386,6 +389,43 @@ def test_charts_of_nothing_one_point_and_a_constant_say_so_and_nan_is_marked():
     assert "×" in tui.plain([tui.spark([1.0, 2.0, math.nan, 3.0], 10)])
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e-4, -1e-4, 1e-3, 1, 100, -1e4, 1e6, 1e12])
+def test_the_ticks_of_a_chart_are_even_steps_whatever_their_size(scale):
+    curve = tui.Curve("a", [0, 1], [1.2 * scale, 1.9 * scale], "sky")
+    chart = tui.plain(tui.chart([curve], False, (), None, 60, 16))
+    ticks = [float(row.split("┤")[0]) for row in chart.splitlines() if "┤" in row]
+    steps = [a - b for a, b in zip(ticks, ticks[1:])]
+    assert len(steps) > 2 and steps == pytest.approx([steps[0]] * len(steps)) and steps[0] > 0
+    assert min(ticks) <= min(curve.values) and max(curve.values) <= max(ticks)
+
+
+def test_a_step_that_no_trajectory_reached_is_no_alarm(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(lines(META, step(0) | {"ent": [2, 1, None, None]}))
+    told = screen(load(path), (80, 24), number=2)
+    assert "·" in told and "×" not in told
+
+
+def test_text_of_several_lines_tears_no_frame(tmp_path):
+    path = tmp_path / "events.jsonl"
+    alert = dict(e="alert", it=0, level="warn", msg="one\ntwo")
+    path.write_bytes(lines(META | {"cfg": {"prompt": "Ask:\n{prompt}"}}, step(0), alert))
+    for number in range(1, 7):
+        told = screen(load(path), (100, 20), number=number)
+        assert told.count("\n") == 19
+    assert "Ask:↵{prompt}" in told
+
+
+def test_what_is_told_of_a_chart_is_the_value_and_not_its_smoothed_curve(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(
+        lines(META, *(step(it, loss=float(it), **{"reward/mean": it}) for it in range(9)))
+    )
+    log = load(path)
+    assert "at 8: 8.00" in screen(log, (80, 24), number=5, zoom=True, filter="loss")
+    assert "8.00 mean" in screen(log, (120, 40))
+
+
 def test_charts_lie_along_what_a_run_had_taken_when_the_iteration_began(tmp_path):
     log = load(fake_run.write(tmp_path / "run"))
     steps = range(12)
@@ -431,6 +471,13 @@ def test_ascii_screens_hold_nothing_else(runs):
     for log in (load(runs / "sudoku"), live(runs)):
         for number in range(1, 7):
             assert screen(log, (120, 40), number=number, ascii=True).isascii()
+    sample = load(runs / "sudoku").sample(3, 8)
+    sample.tok[2], sample.prompt = "数é", "naïve 数"
+    view = tui.View([load(runs / "sudoku")], 3, 3, 8, follow=False, ascii=True)
+    view.log.event = lambda *_: sample
+    rows = tui.frame(view, 120, 40)
+    check(rows, 120, 40)
+    assert "???" in tui.plain(rows) and tui.plain(rows).isascii()
 
 
 def luminance(colour: str) -> float:
@@ -589,6 +636,20 @@ def test_moving_by_hand_stops_following_and_g_takes_it_up_again(runs):
         assert not view.follow, key
         assert pressed([log], key, "G").follow
     assert pressed([log], "g").it == 0
+
+
+def test_keys_reach_the_newest_alert_every_sample_and_the_iterations_of_sft(runs, tmp_path):
+    path = tmp_path / "events.jsonl"
+    plain = [step(it, **{"t/total": 1.0}) | {"ent": [], "sel": []} for it in range(9)]
+    path.write_bytes(lines(META, *plain, dict(e="alert", it=8, level="error", msg="nan")))
+    assert pressed([load(path)], "N", number=5).it == 8
+    assert pressed([load(path)], "left", number=5, zoom=True).it == 7
+    log = load(runs / "sudoku")
+    view, seen = pressed([log], "g"), []
+    while (view.it, view.s) not in seen:
+        seen.append((view.it, view.s))
+        tui.press(view, "j")
+    assert seen == sorted((it, s) for it, of in log.history.samples.items() for s in of)
 
 
 def test_every_key_works_in_every_view_with_and_without_a_run(runs, tmp_path):
@@ -788,6 +849,10 @@ def test_what_is_no_log_and_no_place_for_a_picture_is_one_line(runs, tmp_path):
     done = run(tmp_path, "--list")
     assert done.returncode == 0 and str(tmp_path / "two") in done.stdout
     assert f"{tmp_path / 'one' / 'events.jsonl'}: no event log" in done.stderr
+    (tmp_path / "two" / "events.jsonl").write_bytes(lines(META | {"v": 2}, step(0)))
+    assert "/two" in run(tmp_path, "--list").stdout, "a newer one is listed all the same"
+    (tmp_path / "two" / "events.jsonl").write_text("no event\n")
+    assert run(tmp_path, "--list").returncode == 2
 
 
 def test_scripts_get_json_a_list_lines_and_pictures(runs, tmp_path):
@@ -799,6 +864,11 @@ def test_scripts_get_json_a_list_lines_and_pictures(runs, tmp_path):
     told = run(runs / "sudoku", "--plain").stdout.splitlines()
     assert sum("reward/mean" in line for line in told) == 25
     assert told[-1] == "finished after 25 steps"
+    assert any("test  accuracy" in line for line in told)
+    again = [META, step(0), dict(e="end", status="stopped"), META | {"resume": 1}, step(1)]
+    (tmp_path / "events.jsonl").write_bytes(lines(*again, dict(e="end", status="finished")))
+    told = run(tmp_path, "--plain", "--replay", 100).stdout.splitlines()
+    assert told[-1] == "finished after 2 steps"
     assert run(runs / "sudoku", "--svg", tmp_path / "a.svg").returncode == 0
     assert (tmp_path / "a.svg").read_text().startswith("<svg")
 
