@@ -372,9 +372,11 @@ def report() -> None:
             picture(task, drawn)
             lines += [f"![{task}](study-{task}.png)", ""]
         if others:
-            lines += ["Entropy against the other arms at equal samples, not planned:", ""]
-            lines += [*COLUMNS.format("arms").split("\n")]
-            lines += [*(f"| {each['contrast']} | {cells(each)} |" for each in others), ""]
+            lines += ["Entropy against the other arms, not planned:", ""]
+            lines += COLUMNS.format("arms, at equal").split("\n")
+            for each in others:
+                lines.append(f"| {each['contrast']}, {ALONG[each['along']]} | {cells(each)} |")
+            lines.append("")
         if told := equal_rates(task):
             lines += [*told, ""]
     for group in ("exact", "minibatches"):
@@ -421,10 +423,11 @@ def equal_rates(task: str) -> list[str]:
 
 
 def unplanned(rows: dict) -> list[dict]:
-    """The arms that are in no planned contrast against entropy, along samples; all-2, of two steps,
-    is not comparable so."""
-    others = [arm for arm in STUDIED if arm not in (*PLANNED_ARMS, "all-2")]
-    found = [contrast(rows, "entropy", arm, "samples") for arm in others]
+    """The arms that are in no planned contrast against entropy, along samples (all-2, of two steps,
+    is not comparable so) and, where a sample costs another amount, along FLOPs."""
+    others = [(arm, "samples") for arm in STUDIED if arm not in (*PLANNED_ARMS, "all-2")]
+    costly = [(arm, "tflop") for arm in STUDIED if arm.startswith("K-")]
+    found = [contrast(rows, "entropy", *pair) for pair in others + costly]
     return [each for each in found if each["n"]]
 
 
