@@ -803,13 +803,18 @@ class raises:
         self.value = value
         return issubclass(kind, self.kinds) and re.search(self.match or "", str(value)) is not None
 class approx:
-    def __init__(self, value, rel=1e-6, abs=1e-12):
-        self.value, self.rel, self.abs = value, rel, abs
+    def __init__(self, value, rel=None, abs=None):
+        self.value, self.given = value, (rel, abs)
     def __eq__(self, other):
-        if isinstance(self.value, (list, tuple)):
-            near = [approx(v, self.rel, self.abs) for v in self.value]
-            return len(near) == len(other) and all(map(approx.__eq__, near, other))
-        return abs(other - self.value) <= max(self.rel * abs(self.value), self.abs)
+        value, (rel, least) = self.value, self.given
+        if isinstance(value, (list, tuple, dict)):
+            keys = value if isinstance(value, dict) else range(len(value))
+            near = (approx(value[key], rel, least) == other[key] for key in keys)
+            return len(value) == len(other) and all(near)
+        if isinstance(value, str) or value is None or value in (float("inf"), -float("inf")):
+            return other == value
+        rel = 1e-6 * (least is None) if rel is None else rel  # an abs alone counts alone
+        return abs(other - value) <= max(rel * abs(value), 1e-12 if least is None else least)
 class mark:
     def __getattr__(self, name):
         return self

@@ -283,8 +283,8 @@ class EventLog:
         m.update({"t/total": total, "eta_s": left})
         selected = []
         if t_NK is not None:  # steps after a row's end fill up its K and do not count
-            live_NK = entropy_NT.gather(1, t_NK) > -math.inf
-            selected = t_NK[live_NK].bincount(minlength=cfg.T).tolist()
+            chosen_NT = entropy_NT.new_zeros(entropy_NT.shape).scatter(1, t_NK, 1)
+            selected = (chosen_NT * (entropy_NT > -math.inf)).sum(0).int().tolist()
         self.write("step", it=step, m=m, ent=mean_by_step(entropy_NT), sel=selected, n=N)
         self.track(m, step)
         kl = f"  kl {m['kl']:.4f}" if "kl" in m else ""

@@ -580,6 +580,7 @@ def load_policy(cfg: Config, path: str, device: torch.device) -> tuple[model.Tra
     net.ends = torch.tensor(
         model.end_ids(path, net.config, tokenizer, data.END_TOKENS), device=device
     )
+    net.never_V[net.ends] = False  # padding too, where it ends an answer
     return net, tokenizer
 
 

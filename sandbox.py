@@ -5,7 +5,8 @@
                               "setup": "", "tests": ["assert f(1) == 2", "assert f(-1) == 0"]}])
 
 The program was written by a policy that is rewarded for passing, so it lies wherever a lie pays. It
-never shares an interpreter with its tests, and only plain data crosses between the two:
+never shares an interpreter with its tests, and only copies of plain data cross between the two (so
+what it does to an argument in place is not seen):
 
     trainer --job--> zygote (own session, empty environment, nobody when root) forks for each job
                        worker   holds the program, a socket to the judge, /dev/null and nothing else
@@ -26,6 +27,7 @@ machine lacks. Every row here is a test; what takes a lock to stop is tried with
     leave early: exit, kill or close all     fail closed                    always stopped
     end a test's loop early: StopIteration,  the former arrives as a        always stopped
       a length unlike the items                RuntimeError, the latter fails
+                                               if nothing was called in between
     sleep, loop for ever                     rlimits (CPU), the clock       always stopped
     leave a daemon behind                    the zygote adopts and kills    always stopped
     read a file, list a folder               landlock, seccomp              as its user may
@@ -185,6 +187,11 @@ def work(link: int) -> None:
     def run(code: str) -> None:
         exec(compile(code, "solution.py", "exec", dont_inherit=True), solution.__dict__)
 
+    def said(error: BaseException) -> str:
+        with contextlib.suppress(BaseException):  # its words are the program's too
+            return str(error)
+        return ""
+
     operations = OPERATIONS | {"run": run}
     while True:
         operation, args = receive(link)
@@ -192,7 +199,7 @@ def work(link: int) -> None:
             reply = frame(["value", encode(operations[operation](*decode(args, handle)), park)])
         except BaseException as e:  # whatever the program raises is an answer, SystemExit included
             kind = next(c for c in type(e).__mro__ if c.__module__ == "builtins")
-            text = e.args[0] if len(e.args) == 1 and isinstance(e.args[0], str) else str(e)
+            text = e.args[0] if len(e.args) == 1 and type(e.args[0]) is str else said(e)
             reply = frame(["error", [kind.__name__, text[:1000]]])
         send(link, reply)
 

@@ -6,8 +6,10 @@
     lowest    the K steps of lowest entropy learn, instead of highest
     joint     steps are ranked by the summed entropy of all hidden positions of their block, the
               paper's bound read literally, instead of by that of the revealed ones
-    half      steps are selected among the more uncertain half of those of a trajectory
-    placebo   the rewards of the guesses are shuffled within their group and slot
+    half      steps are selected among the more uncertain half of those of a trajectory; for
+              `--select random` with K of at most half the steps
+    placebo   the rewards of the guesses are shuffled within their group and slot; for tasks whose
+              rows do not end before step K
 
 It also knows tasks that separate better than the embedded ones: `sudoku-hard`, puzzles of 9 to 11
 empty cells. Each arm replaces one function of egspo.py: a fork in one file.
@@ -80,7 +82,7 @@ def placebo() -> None:
         early_BGK = early_S.view(-1, cfg.G, cfg.K)
         # a permutation, so one in G keeps its own
         u = egspo.uniform(early_BGK.shape[1:], range(len(early_BGK)), cfg.seed, run.log.it, "mix")
-        return early_BGK.gather(1, u.argsort(1)).flatten()
+        return early_BGK.gather(1, u.argsort(1).to(early_BGK.device)).flatten()
 
     egspo.early_rewards = shuffled
 

@@ -444,6 +444,20 @@ class TestRoot:
     assert share("mbpp", row, fenced("def root(n):\n    return n")) == 0
 
 
+def test_the_approx_of_kodcodes_tests_is_pytests():
+    cases = [
+        "1e6 + 0.5 == pytest.approx(1e6)", "not 1e6 + 0.5 == pytest.approx(1e6, abs=0.1)",
+        "1e6 + 9 == pytest.approx(1e6, rel=1e-5, abs=0.1)", "not 1.1 == pytest.approx(1)",
+        "float('inf') == pytest.approx(float('inf'))", "[1, 2.0000001] == pytest.approx([1, 2])",
+        "{'a': 0.1 + 0.2} == pytest.approx({'a': 0.3})", "not [1] == pytest.approx([1, 2])",
+    ]  # fmt: skip
+    tests = [f"def test_{i}():\n    assert {case}\n" for i, case in enumerate(cases)]
+    row = KODCODE_ROW | {"test": "import pytest\nfrom solution import root\n" + "\n".join(tests)}
+    assert share("mbpp", row, fenced(row["solution"])) == 1
+    for case in cases:
+        assert eval(case)
+
+
 def test_kodcode_tests_may_import_the_solution_whole():
     test = "import solution\n\ndef test_nine():\n    assert solution.root(9) == 3\n"
     row = KODCODE_ROW | {"test": test}

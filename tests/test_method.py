@@ -8,6 +8,7 @@ import importlib.machinery
 import importlib.util
 import json
 import math
+import shutil
 import signal
 import sys
 import types
@@ -255,6 +256,17 @@ def test_every_id_that_ends_a_turn_is_known(chatty, tmp_path):
         made.mkdir()
         model.bring_ends(tmp_path, made)
         assert model.end_ids(made, net.config, tokenizer, data.END_TOKENS) == known
+
+
+def test_padding_that_ends_a_turn_may_be_said(chatty, tmp_path):
+    """As of models that were taught to pad behind the turn with what also ends it."""
+    shutil.copytree(chatty, tmp_path / "padded")
+    (tmp_path / "padded" / "generation_config.json").write_text('{"eos_token_id": [256, 258]}')
+    assert CONFIG["pad_token_id"] == 258
+    for folder, may in ((chatty, False), (tmp_path / "padded", True)):
+        net, _ = run.load_policy(settings(), str(folder), CPU)
+        assert (258 in net.ends.tolist()) == may == (not net.never_V[258])
+        assert net.never_V[CONFIG["mask_token_id"]]
 
 
 @pytest.mark.parametrize("end", [256, 259, 260])

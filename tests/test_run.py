@@ -124,6 +124,12 @@ def test_a_checkpoint_is_a_model_and_equal_seeds_are_equal_runs(whole, toy, tmp_
     assert not same(weights(whole), weights(tmp_path / "other"))
 
 
+def test_a_step_that_a_row_draws_twice_was_selected_by_one_row(toy, tmp_path):
+    train(toy, tmp_path / "out", "--steps", 2, "--select", "sampled", "--K", 6)
+    for event in (event for event in events(tmp_path / "out") if event["e"] == "step"):
+        assert 0 < max(event["sel"]) <= event["n"]
+
+
 def test_a_folder_that_holds_a_run_is_refused_and_kept(whole, toy):
     before = (whole / "events.jsonl").read_bytes()
     done = run("--model", toy, *SMALL, "--out", whole)

@@ -170,13 +170,17 @@ def f(n):
     if n == 1: raise Mine("one")
     if n == 2: return b"\\xff".decode()
     if n == 3: raise SystemExit(3)
+    if n == 4: raise Mute(4, 4)
+class Mute(KeyError):
+    def __str__(self): raise self
 """
     test = "try: f({})\nexcept {} as e: assert type(e) is {} and {!r} in str(e)\nelse: assert 0"
     cases = [(0, "ValueError", "ValueError", "zero"), (1, "LookupError", "KeyError", "one"),
              (2, "ValueError", "UnicodeError", "codec"),
+             (4, "KeyError", "KeyError", ""),
              (3, "RuntimeError", "RuntimeError", "SystemExit")]  # fmt: skip
     verdict = check(box, code, *[test.format(*case) for case in cases])
-    assert verdict["ok"] == [True] * 4, verdict["why"]
+    assert verdict["ok"] == [True] * 5, verdict["why"]
 
 
 def test_tests_may_import_from_solution(box):
