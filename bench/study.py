@@ -290,8 +290,8 @@ def contrast(rows: dict, one: str, other: str, along: str) -> dict:
     pairs = {seed: (rows[one, seed], rows[other, seed]) for seed in seeds}
     limit = min(row["curve"][-1][along] for pair in pairs.values() for row in pair)
     areas = {seed: [area(row, along, limit) for row in pair] for seed, pair in pairs.items()}
-    last = [[row["curve"][-1]["accuracy"] for row in pair] for pair in pairs.values()]
-    return found | compared(areas) | dict(ends=numpy.mean(last, axis=0))
+    ends = {s: [row["curve"][-1]["accuracy"] for row in pair] for s, pair in pairs.items()}
+    return found | compared(areas) | dict(ends=compared(ends))
 
 
 def compared(pairs: dict[int, list[float]]) -> dict:
@@ -426,7 +426,7 @@ def unplanned(rows: dict) -> list[dict]:
     """The arms that are in no planned contrast against entropy, along samples (all-2, of two steps,
     is not comparable so) and, where a sample costs another amount, along FLOPs."""
     others = [(arm, "samples") for arm in STUDIED if arm not in (*PLANNED_ARMS, "all-2")]
-    costly = [(arm, "tflop") for arm in STUDIED if arm.startswith("K-")]
+    costly = [(arm, "tflop") for arm in STUDIED if arm.startswith("K-") or arm == "all-2"]
     found = [contrast(rows, "entropy", *pair) for pair in others + costly]
     return [each for each in found if each["n"]]
 
@@ -456,7 +456,7 @@ def arm_table(rows: dict) -> list[str]:
 
 COLUMNS = (
     "| {} | pairs | the first, % | the second, % | difference, points [95 %] | median | p "
-    "| at the end, % |\n|---|---|---|---|---|---|---|---|"
+    "| at the end, %, p |\n|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -467,7 +467,9 @@ def cells(each: dict) -> str:
     mean, lo, hi, median = (100 * each[name] for name in ("mean", "lo", "hi", "median"))
     first, second = 100 * each["means"]
     bounds = f" [{lo:+.1f}, {hi:+.1f}]" if math.isfinite(lo) else ""  # of few pairs there are none
-    ends = "{:.1f} and {:.1f}".format(*(100 * each["ends"])) if "ends" in each else ""
+    ends = ""
+    if "ends" in each:
+        ends = "{:.1f} and {:.1f}, {:.3f}".format(*100 * each["ends"]["means"], each["ends"]["p"])
     return (
         f"{each['n']} | {first:.1f} | {second:.1f} | {mean:+.1f}{bounds} | {median:+.1f} "
         f"| {each['p']:.3f} | {ends}"

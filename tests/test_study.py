@@ -72,7 +72,7 @@ def test_a_contrast_pairs_equal_seeds_and_stops_where_the_first_run_stops():
     found = study.contrast(rows, "a", "b", "samples")
     assert found["n"] == 3 and found["mean"] == pytest.approx(0.25)
     assert found["p"] == pytest.approx(2 / 8) and found["hi"] == math.inf
-    assert found["ends"].tolist() == [1, 0.5]
+    assert found["ends"]["means"].tolist() == [1, 0.5]
     assert study.contrast(rows, "a", "c", "samples")["n"] == 0
 
 
