@@ -426,8 +426,9 @@ def unplanned(rows: dict) -> list[dict]:
     """The arms that are in no planned contrast against entropy, along samples (all-2, of two steps,
     is not comparable so) and, where a sample costs another amount, along FLOPs."""
     others = [(arm, "samples") for arm in STUDIED if arm not in (*PLANNED_ARMS, "all-2")]
-    costly = [(arm, "tflop") for arm in STUDIED if arm.startswith("K-") or arm == "all-2"]
-    found = [contrast(rows, "entropy", *pair) for pair in others + costly]
+    costly = [arm for arm in STUDIED if arm.startswith("K-")] + ["all-2", "diffu-grpo", "just-grpo"]
+    others += [(arm, "tflop") for arm in costly]
+    found = [contrast(rows, "entropy", *pair) for pair in others]
     return [each for each in found if each["n"]]
 
 
