@@ -319,7 +319,7 @@ def parse(argv: list[str]) -> tuple[Config, Mode]:
     if trains and restarted(Path(cfg.out or "nowhere")):
         mode = replace(mode, resume=True)
     cfg = replace(cfg, model=newest(cfg.model))
-    if mode.resume and cfg.model.partition("@")[0] == model.unpinned(defaults.model):
+    if mode.resume and model.stands_for(cfg.model, defaults.model):
         cfg = replace(cfg, model=defaults.model)  # the state of it that the run began with
     for flag in ("task", "model", "lora_r", "optimizer") * mode.resume:
         began = f"the run in --out {cfg.out} began with {getattr(defaults, flag)}"

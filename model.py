@@ -678,6 +678,11 @@ def unpinned(path: str) -> str:
     return re.sub("@[0-9a-f]{40}$", "", path)
 
 
+def stands_for(asked: str, path: str) -> bool:
+    """Is this the hub id, with whatever revision, of a path that `pinned` gave a commit?"""
+    return asked.partition("@")[0] == unpinned(path)
+
+
 def cached(path: str | Path, folder: Path) -> bool:
     """Is it of the hub's cache, which names a snapshot by its commit?"""
     commit = re.fullmatch("[0-9a-f]{40}", folder.name)

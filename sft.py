@@ -582,9 +582,7 @@ def checkpoint_of(cfg: Recipe) -> dict | None:
     state = read_state(file, "cpu", mmap=True)
     for name, began in state["recipe"].items():
         now = getattr(cfg, name, "no setting")
-        same = now == began
-        if name == "model" and not same:  # of a hub, asked for without its commit
-            same = now.partition("@")[0] == model.unpinned(began)
+        same = now == began or name == "model" and model.stands_for(now, began)
         if name not in FREE and not same:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} {now}: the run in --out {cfg.out} began with {began}")

@@ -751,7 +751,7 @@ def strip_panel(view: View, sample: Sample | None) -> Draw:
     elif history.entropy:
         it = max(history.entropy) if view.it is None else nearest(history.entropy, view.it)
         entropy, share, sel = history.entropy[it], history.share[it], ()
-        what = f"{it}, mean of {history.rows or 'the batch'}"
+        what = f"{it}, mean of {history.rows}"
         right = "▲ chosen, strong: by many"
     else:
         return panel("entropy", message("waiting for the first rollout"))
